@@ -1,0 +1,1 @@
+"""Learned multi-view image codec: cameras encode alone, the receiver decodes any number of views together."""

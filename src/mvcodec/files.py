@@ -1,0 +1,47 @@
+"""Where files are found and how they appear: shipped data, and output that is whole or absent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped(name: str) -> Path:
+    """The folder `name` ("models", "examples/nineveh") of an installed wheel or of the source tree.
+
+    The wheel carries both in the package (pyproject.toml, force-include); a checkout has them at its root.
+    The path returned need not exist: the caller knows what its absence means.
+    """
+    inside, beside = _PACKAGE / name, _PACKAGE.parents[1] / name
+    return beside if beside.exists() and not inside.exists() else inside
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only when the block ends well; its folder is made if need be.
+
+    The temporary file lies in the same folder, because a rename is atomic only within one file system.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".mvcodec-", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        part.chmod(0o666 & ~_umask())  # mkstemp makes files private; give it what an ordinary write would
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only portable way to read it is to set it
+    os.umask(mask)
+    return mask

@@ -1,0 +1,266 @@
+"""Pictures as the codec sees them: numpy arrays with their colour profile and EXIF, read and written whole.
+
+What the codec can keep is kept; what it cannot is refused with a sentence, never silently changed:
+
+    grey, 1-bit             -> [H, W]     uint8, stays grey
+    RGB, palette, YCbCr     -> [H, W, 3]  uint8
+    16-bit grey             -> [H, W]     uint16
+    16-bit RGB (PNG, TIFF)  -> [H, W, 3]  uint16
+    any of these with alpha -> refused, or flattened where the caller says how
+    CMYK, Lab, float, 32-bit, animations, 16-bit PPM colour -> refused
+
+The EXIF orientation is baked into the pixels and its tag removed, so that no viewer turns the picture twice.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvcodec.errors import MvcodecError, PictureError
+from mvcodec.files import atomic
+from mvcodec.png16 import encode_png16
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+Alpha = Literal["refuse", "drop", "white", "black"]
+
+MAX_PIXELS = 2**27
+"""Default cap on width * height (134 megapixels): 40 bytes of header must not allocate gigabytes."""
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> (transpose, flip rows, flip columns), applied in that order.
+_ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+# Pillow keeps only the high byte of 16-bit colour; unpacking with the other byte order yields the low one.
+_LOW_BYTE = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGB;16N": "RGB;16B" if sys.byteorder == "little" else "RGB;16L",
+}
+_SUFFIXES_16_BIT = (".png", ".tif", ".tiff")
+# What a TIFF file says about the scene; its other tags describe how its own pixels are stored.
+_TIFF_TAGS_KEPT = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 0x8769, 0x8825}
+_EXIF_PREFIX = b"Exif\0\0"
+
+
+@dataclass(frozen=True)
+class Image:
+    """One picture: `pixels` [H, W, 3] (RGB) or [H, W] (grey), uint8 or uint16 over its full range."""
+
+    pixels: Pixels
+    icc: bytes = b""
+    exif: bytes = b""
+
+    def __post_init__(self) -> None:
+        shape = self.pixels.shape
+        if self.pixels.dtype not in (np.uint8, np.uint16):
+            raise PictureError(f"pixels are {self.pixels.dtype}; give uint8 or uint16 over their full range")
+        if not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+            raise PictureError(f"pixels have shape {shape}; give [H, W, 3] (RGB) or [H, W] (grey)")
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[0])
+
+    @property
+    def colour(self) -> Literal["rgb", "grey"]:
+        return "rgb" if self.pixels.ndim == 3 else "grey"
+
+    @property
+    def depth(self) -> Literal[8, 16]:
+        return 8 if self.pixels.dtype == np.uint8 else 16
+
+    def without_metadata(self) -> Image:
+        return replace(self, icc=b"", exif=b"")
+
+
+def read(
+    source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max_pixels: int = MAX_PIXELS
+) -> Image:
+    """Read a picture from a path or from the bytes of a file.
+
+    Raises PictureError for anything that is no picture, is damaged, exceeds `max_pixels`, or is of a kind
+    that could only be coded by changing it; OSError where the file itself cannot be opened.
+    """
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    with _readable(), _open(data, max_pixels) as picture:
+        _refuse_frames(picture)
+        layout = _layout(picture)  # first of all: getexif() may load the pixels and so forget it
+        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
+        icc, exif = picture.info.get("icc_profile") or b"", _exif(picture)
+        if picture.has_transparency_data:
+            pixels = _flatten(picture, layout, alpha)
+        elif layout in _LOW_BYTE:
+            with _open(data, max_pixels) as again:
+                pixels = _deep_colour(picture, again)
+        else:
+            pixels = _plain(picture, layout)
+        return Image(_turn(pixels, orientation), icc, exif)
+
+
+def write(target: str | os.PathLike[str], image: Image, *, quality: int | None = None) -> None:
+    """Write a picture whole or not at all; the ending of `target` chooses the format."""
+    path = Path(target)
+    with atomic(path) as file:
+        file.write(to_bytes(image, path.suffix, quality=quality))
+
+
+def to_bytes(image: Image, suffix: str = ".png", *, quality: int | None = None) -> bytes:
+    """The picture as the bytes of a file of this kind; `quality` (lossy formats) as Pillow takes it."""
+    from PIL import Image as pil
+
+    suffix = suffix.lower()
+    pil.init()
+    kind = pil.EXTENSION.get(suffix)
+    if kind is None or kind not in pil.SAVE:
+        raise PictureError(f"no picture format is known by the ending {suffix!r}; use .png")
+    if image.depth == 16 and suffix not in _SUFFIXES_16_BIT:
+        raise PictureError(f"a 16-bit picture cannot be kept in a {suffix} file; use .png")
+    if image.depth == 16 and image.colour == "rgb":
+        if suffix != ".png":
+            raise PictureError(f"16-bit colour cannot be written to a {suffix} file here; use .png")
+        return encode_png16(image.pixels.astype(np.uint16, copy=False), icc=image.icc, exif=image.exif)
+    options: dict[str, Any] = {"quality": quality} if quality is not None else {}
+    if image.icc:
+        options["icc_profile"] = image.icc
+    if image.exif:
+        options["exif"] = _EXIF_PREFIX + image.exif
+    stream = io.BytesIO()
+    pil.fromarray(image.pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn whatever Pillow raises on a bad file into a PictureError; its warnings help nobody here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (MvcodecError, MemoryError):
+            raise
+        except Exception as error:
+            raise PictureError(f"cannot be read as a picture ({error or type(error).__name__})") from error
+
+
+def _open(data: bytes, max_pixels: int) -> ImageFile:
+    """Parse the header only: nothing is allocated before the size is known to be under the cap."""
+    from PIL import Image as pil
+    from PIL import UnidentifiedImageError
+
+    try:
+        picture = pil.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise PictureError("is not a picture of a known format") from error
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise PictureError(
+            f"has {width} x {height} pixels, over the cap of {max_pixels}; raise it with --max-pixels"
+        )
+    return picture
+
+
+def _refuse_frames(picture: ImageFile) -> None:
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # MPO: a photograph whose further frames are previews
+        raise PictureError(f"holds {frames} pictures; split it into one file each")
+
+
+def _layout(picture: ImageFile) -> str:
+    """How the samples lie in the file ("RGB;16B", "RGB > 255"), which `picture.mode` does not tell."""
+    if not picture.tile:
+        return picture.mode
+    codec, _, _, arguments = picture.tile[0]
+    if codec == "ppm" and isinstance(arguments, tuple) and int(arguments[1]) > 255:
+        return f"{arguments[0]};16"
+    return arguments if isinstance(arguments, str) else str((arguments or [picture.mode])[0])
+
+
+def _exif(picture: ImageFile) -> bytes:
+    """The EXIF data as a bare TIFF stream, without orientation (now baked in) and without a preview."""
+    exif = picture.getexif()
+    exif.pop(_ORIENTATION_TAG, None)
+    if picture.format == "TIFF":
+        for tag in set(exif) - _TIFF_TAGS_KEPT:
+            del exif[tag]
+    return exif.tobytes().removeprefix(_EXIF_PREFIX) if len(exif) else b""
+
+
+def _flatten(picture: ImageFile, layout: str, alpha: Alpha) -> Pixels:
+    from PIL import Image as pil
+
+    if alpha == "refuse":
+        raise PictureError("has an alpha channel, which is not coded; say --alpha drop, white or black")
+    if "16" in layout:
+        raise PictureError("is 16-bit with an alpha channel; flatten it first")
+    grey = picture.mode in ("1", "L", "LA")
+    rgba = picture.convert("RGBA")
+    if alpha != "drop":
+        rgba = pil.alpha_composite(pil.new("RGBA", rgba.size, alpha), rgba)
+    rgb = np.asarray(rgba)[..., :3]
+    return np.ascontiguousarray(rgb[..., 0] if grey else rgb)
+
+
+def _deep_colour(high: ImageFile, low: ImageFile) -> NDArray[np.uint16]:
+    """All 16 bits of RGB: `high` and `low` are the same file, opened twice.
+
+    Pillow has no 16-bit colour mode and drops the low bytes. Told that the samples have the opposite byte
+    order, its own decoders deliver exactly those, so two readings make the whole.
+    """
+    low.tile = [tile._replace(args=_opposite(tile.args)) for tile in low.tile]
+    pixels: NDArray[np.uint16] = (np.asarray(high).astype(np.uint16) << 8) | np.asarray(low)
+    return pixels
+
+
+def _opposite(arguments: Any) -> Any:
+    """Decoder arguments of a Pillow tile (a raw mode, or a tuple led by one) with the other byte order."""
+    if isinstance(arguments, str):
+        return _LOW_BYTE[arguments]
+    return (_LOW_BYTE[arguments[0]], *arguments[1:])
+
+
+def _plain(picture: ImageFile, layout: str) -> Pixels:
+    mode = picture.mode
+    if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
+        return np.asarray(picture).astype(np.uint16)
+    if "16" in layout:
+        raise PictureError("is 16-bit of a kind that would lose its low bits; convert it to 16-bit PNG")
+    if mode in ("1", "L"):
+        return np.asarray(picture.convert("L"))
+    if mode in ("RGB", "P", "RGBX", "YCbCr"):
+        return np.asarray(picture.convert("RGB"))
+    if mode == "CMYK":
+        raise PictureError("is CMYK, which only its printer's profile can turn into RGB; convert it first")
+    raise PictureError(f"has samples of kind {mode!r}; convert it to 8 or 16-bit grey or RGB first")
+
+
+def _turn(pixels: Pixels, orientation: int) -> Pixels:
+    transpose, flip_rows, flip_columns = _ORIENTATIONS.get(orientation, _ORIENTATIONS[1])
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])

@@ -1,0 +1,228 @@
+"""Every kind of picture is right or refused with a sentence; output appears whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as pil
+from PIL import ImageCms, ImageOps
+
+from mvcodec import images
+from mvcodec.errors import PictureError
+from mvcodec.images import Image
+from mvcodec.png16 import encode_png16
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)
+GREY = RGB[..., 0]
+RGB16 = RNG.integers(0, 2**16, (5, 7, 3), np.uint16)
+GREY16 = RGB16[..., 0]
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def saved(picture: pil.Image, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("pixels", [RGB, GREY, RGB16, GREY16], ids=["rgb", "grey", "rgb16", "grey16"])
+def test_what_is_written_is_read_back_exactly(tmp_path: Path, pixels: np.ndarray) -> None:
+    exif = pil.Exif()
+    exif[271] = "a camera maker"
+    image = Image(pixels, icc=SRGB, exif=exif.tobytes()[6:])
+    images.write(tmp_path / "new" / "a.png", image)
+    again = images.read(tmp_path / "new" / "a.png")
+    assert again.pixels.dtype == pixels.dtype
+    np.testing.assert_array_equal(again.pixels, pixels)
+    assert (again.icc, again.colour, again.depth) == (image.icc, image.colour, image.depth)
+    with pil.open(tmp_path / "new" / "a.png") as file:
+        assert file.getexif()[271] == "a camera maker"
+    assert again.exif == image.exif
+
+
+def test_grey_kinds_stay_grey() -> None:
+    one_bit = pil.fromarray(GREY).convert("1")
+    for data, expected in [
+        (saved(pil.fromarray(GREY)), GREY),
+        (saved(one_bit), np.asarray(one_bit.convert("L"))),
+        (saved(pil.fromarray(GREY16)), GREY16),
+        (saved(pil.fromarray(GREY16), "TIFF"), GREY16),
+        (b"P5 7 5 65535\n" + GREY16.astype(">u2").tobytes(), GREY16),
+    ]:
+        image = images.read(data)
+        assert image.colour == "grey"
+        np.testing.assert_array_equal(image.pixels, expected)
+
+
+def test_palette_becomes_rgb() -> None:
+    palette = pil.fromarray(RGB).quantize(16)
+    np.testing.assert_array_equal(images.read(saved(palette)).pixels, np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(
+        images.read(saved(palette, "GIF")).pixels, np.asarray(palette.convert("RGB"))
+    )
+
+
+def test_all_sixteen_bits_of_colour_are_read(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(images.read(encode_png16(RGB16)).pixels, RGB16)
+    # A minimal little-endian TIFF with one uncompressed strip of 16-bit RGB, which Pillow cannot write.
+    tags = [
+        (256, 7),
+        (257, 5),
+        (258, 16),
+        (259, 1),
+        (262, 2),
+        (273, 122),
+        (277, 3),
+        (278, 5),
+        (279, 5 * 7 * 6),
+    ]
+    short = (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
+    entries = b"".join(tag.to_bytes(2, "little") + short + value.to_bytes(4, "little") for tag, value in tags)
+    directory = len(tags).to_bytes(2, "little") + entries + bytes(4)
+    data = b"II*\0" + (8).to_bytes(4, "little") + directory
+    data = data.ljust(122, b"\0") + RGB16.astype("<u2").tobytes()
+    np.testing.assert_array_equal(images.read(data).pixels, RGB16)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_alpha_is_refused_unless_the_caller_says_how(mode: str) -> None:
+    alpha = RNG.integers(0, 256, (5, 7), np.uint8)
+    picture = pil.fromarray(GREY).convert({"RGBA": "RGB", "LA": "L", "PA": "P"}[mode])
+    picture.putalpha(pil.fromarray(alpha))
+    assert picture.mode == mode
+    data = saved(picture, "TIFF" if mode == "PA" else "PNG")
+    with pytest.raises(PictureError, match="--alpha drop, white or black"):
+        images.read(data)
+    dropped, white, black = (images.read(data, alpha=how) for how in ("drop", "white", "black"))
+    grey = dropped.pixels if mode == "LA" else dropped.pixels[..., 1]
+    np.testing.assert_array_equal(grey, GREY)
+    assert dropped.colour == ("grey" if mode == "LA" else "rgb")
+    on_white = white.pixels.reshape(5, 7, -1)[..., 0]
+    on_black = black.pixels.reshape(5, 7, -1)[..., 0]
+    share = alpha / 255
+    np.testing.assert_allclose(on_black, GREY * share, atol=1)
+    np.testing.assert_allclose(on_white, GREY * share + 255 * (1 - share), atol=1)
+
+
+def test_a_transparent_colour_counts_as_alpha() -> None:
+    data = saved(pil.fromarray(RGB), transparency=(1, 2, 3))
+    with pytest.raises(PictureError, match="alpha"):
+        images.read(data)
+    np.testing.assert_array_equal(images.read(data, alpha="drop").pixels, RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("colour", [RGB, GREY, RGB16], ids=["rgb", "grey", "rgb16"])
+def test_orientation_is_baked_in_and_reset(orientation: int, colour: np.ndarray) -> None:
+    exif = pil.Exif()
+    exif[0x0112] = orientation
+    exif[272] = "model"
+    data = images.to_bytes(Image(colour, exif=exif.tobytes()[6:]))
+    image = images.read(data)
+    turned = ImageOps.exif_transpose(pil.open(io.BytesIO(data)))
+    eight_bits = (image.pixels >> 8).astype(np.uint8) if image.depth == 16 else image.pixels
+    np.testing.assert_array_equal(eight_bits, np.asarray(turned))
+    kept = pil.Exif()
+    kept.load(image.exif)
+    assert 0x0112 not in kept
+    assert kept[272] == "model"
+
+
+def test_metadata_that_says_nothing_costs_nothing() -> None:
+    exif = pil.Exif()
+    exif[0x0112] = 6
+    assert images.read(saved(pil.fromarray(RGB), "JPEG", exif=exif)).exif == b""
+    assert Image(RGB, icc=b"x", exif=b"y").without_metadata() == Image(RGB)
+
+
+def test_tiff_structure_is_not_taken_for_metadata() -> None:
+    exif = pil.Exif()
+    exif[271] = "a camera maker"
+    image = images.read(saved(pil.fromarray(RGB), "TIFF", exif=exif))
+    kept = pil.Exif()
+    kept.load(image.exif)
+    assert dict(kept) == {271: "a camera maker"}
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (saved(pil.fromarray(RGB).convert("CMYK"), "JPEG"), "CMYK"),
+        (saved(pil.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "samples of kind 'F'"),
+        (saved(pil.fromarray(RGB[..., 0].astype(np.int32)), "TIFF"), "samples of kind 'I'"),
+        (b"P6 7 5 65535\n" + RGB16.astype(">u2").tobytes(), "lose its low bits"),
+        (saved(pil.fromarray(RGB), "GIF", save_all=True, append_images=[pil.fromarray(RGB // 2)]), "holds 2"),
+        (saved(pil.fromarray(RGB))[:-30], "cannot be read"),
+        (b"", "not a picture"),
+        (b"hello", "not a picture"),
+    ],
+    ids=["cmyk", "float", "int32", "ppm16", "animation", "truncated", "empty", "text"],
+)
+def test_refused_with_a_sentence(data: bytes, sentence: str) -> None:
+    with pytest.raises(PictureError, match=sentence):
+        images.read(data)
+
+
+def test_size_cap_is_checked_before_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(PictureError, match="7 x 5 pixels, over the cap of 34"):
+        images.read(saved(pil.fromarray(RGB)), max_pixels=34)
+
+
+def test_smallest_picture() -> None:
+    assert images.read(saved(pil.new("L", (1, 1), 9))).pixels.tolist() == [[9]]
+    assert images.read(encode_png16(np.full((1, 1, 3), 777, np.uint16))).pixels.tolist() == [[[777] * 3]]
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8), np.zeros((0, 2), np.uint8), np.zeros(3, np.uint8)],
+)
+def test_arrays_that_are_no_picture_are_refused(pixels: np.ndarray) -> None:
+    with pytest.raises(PictureError, match="give"):
+        Image(pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"), [("a.jpg", GREY16), ("a.tif", RGB16), ("a.nothing", RGB), ("a", RGB)]
+)
+def test_formats_that_cannot_hold_it_are_refused_and_leave_no_file(
+    tmp_path: Path, name: str, pixels: np.ndarray
+) -> None:
+    with pytest.raises(PictureError, match=r"use \.png"):
+        images.write(tmp_path / name, Image(pixels))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.png"
+    target.write_bytes(b"old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        images.write(target, Image(RGB))
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
+
+
+@given(
+    data=st.binary(max_size=200),
+    start=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"P6 ", b"II*\0", b"GIF89a"]),
+)
+def test_no_bytes_crash_the_reader(data: bytes, start: bytes) -> None:
+    with suppress(PictureError):
+        assert images.read(start + data, max_pixels=10_000).pixels.size > 0
+
+
+@given(at=st.integers(0, 300), value=st.integers(0, 255))
+def test_damaged_pictures_are_refused_or_read(at: int, value: int) -> None:
+    data = bytearray(saved(pil.fromarray(RGB)))
+    data[at % len(data)] = value
+    with suppress(PictureError):
+        images.read(bytes(data), max_pixels=10_000)
