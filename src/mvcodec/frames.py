@@ -1,0 +1,182 @@
+"""Files and folders -> sets of views of one instant. No torch.
+
+Two questions are answered here, and nowhere else:
+
+1. Which camera, which frame? From the name, when it says so (`name_of`):
+
+       C1/00000000.png, left/0012.png      folder named like a camera, number -> camera "C1", frame 0
+       cam3_00000000.png, left-0012.png    camera, separator, number          -> camera "cam3", frame 0
+       scene/DSC_0423.jpg                  anything else: one view of a still scene, no frame
+
+   `DSC_0423` must not become frame 423 of camera "DSC": the first part has to look like a camera. Other trees
+   are described by a pattern such as "{camera}/{frame}" or "take7_{frame}_{camera}".
+2. Which views belong together? Those of one instant (`instants`): same frame number, or else same time, or
+   else same folder. Never by position in a list: cameras drop frames independently.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from mvcodec.errors import UsageError
+
+AUTO = "auto"
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".avif", ".mpo"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
+)
+STREAM_SUFFIX = ".phv"
+
+_CAMERA = r"(?:c|cam|camera|view|v|image_)[-_]?\d+|left|right|l|r"
+_AUTO_PATTERNS = (
+    re.compile(rf"(?:.*/)?(?P<camera>{_CAMERA})/(?P<frame>\d+)", re.IGNORECASE),
+    re.compile(rf"(?:.*/)?(?P<camera>{_CAMERA})[-_](?P<frame>\d+)", re.IGNORECASE),
+)
+_FIELDS = {"camera": r"(?P<camera>[^/]+?)", "frame": r"(?P<frame>\d+)", "time_us": r"(?P<time_us>\d+)"}
+
+T = TypeVar("T")
+
+
+class ViewName(NamedTuple):
+    """What a file's name says about the view in it."""
+
+    camera_id: str
+    frame: int | None = None
+    timestamp_us: int | None = None
+
+
+class Instant(NamedTuple):
+    """When, or for a still scene where, a view was taken: the key by which views come together."""
+
+    frame: int | None = None
+    timestamp_us: int | None = None
+    place: str = ""
+
+    def __str__(self) -> str:
+        if self.frame is not None:
+            return f"frame {self.frame}"
+        if self.timestamp_us is not None:
+            return f"time {self.timestamp_us} us"
+        return f"scene {self.place}" if self.place else "the scene"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file, its path below the inputs' common folder (what the output mirrors), and its scene.
+
+    `place` is the folder in which a file was found; files named outright are one scene, wherever they lie.
+    """
+
+    path: Path
+    relative: Path
+    place: str = ""
+
+
+def name_of(path: Path, pattern: str = AUTO) -> ViewName:
+    """Camera and time from a path; with a `pattern`, UsageError where the path does not fit it."""
+    stem = path.with_suffix("").as_posix()
+    if pattern == AUTO:
+        match = next((m for p in _AUTO_PATTERNS if (m := p.fullmatch(stem))), None)
+        if match is None:
+            return ViewName(path.stem)
+    else:
+        match = _compiled(pattern).fullmatch(stem)
+        if match is None:
+            raise UsageError(f"{path}: does not fit the name pattern {pattern!r}")
+    found = match.groupdict()
+    frame, time_us = found.get("frame"), found.get("time_us")
+    return ViewName(
+        found.get("camera") or "",
+        None if frame is None else int(frame),
+        None if time_us is None else int(time_us),
+    )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """From "{camera}/{frame}" to a regular expression for the end of a path without its suffix."""
+    parts = re.split(r"\{(\w*)\}", pattern)
+    literals, names = parts[::2], parts[1::2]
+    unknown = [name for name in names if name not in _FIELDS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise UsageError(
+            f"name pattern {pattern!r}: use each of {{camera}}, {{frame}}, {{time_us}} at most once"
+        )
+    body = re.escape(literals[0])
+    for name, literal in zip(names, literals[1:], strict=True):
+        body += _FIELDS[name] + re.escape(literal)
+    return re.compile(rf"(?:.*/)?{body}")
+
+
+def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> list[Source]:
+    """The files named, and those with one of `suffixes` in the folders named, sorted within each folder.
+
+    A file named outright is taken whatever its ending. UsageError where an input does not exist or a folder
+    holds nothing; the same file named twice is taken once.
+    """
+    wanted = frozenset(suffixes)
+    paths = [Path(given) for given in inputs]
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+    alone = len(paths) == 1 and paths[0].is_dir()
+    root = Path(os.path.commonpath(p.absolute() if alone else p.absolute().parent for p in paths))
+    found: dict[Path, Source] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in wanted and p.is_file())
+            if not inside:
+                raise UsageError(
+                    f"{path}: holds no {'.phv files' if STREAM_SUFFIX in wanted else 'pictures'}"
+                )
+            for file in inside:
+                found[file] = Source(file, file.absolute().relative_to(root), str(file.parent))
+        else:
+            found[path] = Source(path, path.absolute().relative_to(root))
+    return list(found.values())
+
+
+def instants(
+    views: Iterable[T], when: Callable[[T], Instant], window_us: int = 0
+) -> list[tuple[Instant, list[T]]]:
+    """Group views by instant, in order of time; inside a group the order of `views` is kept.
+
+    The frame number decides where there is one. Views with a timestamp alone come together when they lie
+    within `window_us` of the first of them, because free-running clocks never agree to the microsecond. Views
+    with neither are a still scene: those of one place.
+    """
+    framed: dict[int, list[T]] = {}
+    timed: list[tuple[int, T]] = []
+    still: dict[str, list[T]] = {}
+    for view in views:
+        instant = when(view)
+        if instant.frame is not None:
+            framed.setdefault(instant.frame, []).append(view)
+        elif instant.timestamp_us is not None:
+            timed.append((instant.timestamp_us, view))
+        else:
+            still.setdefault(instant.place, []).append(view)
+    groups = [(Instant(place=place), still[place]) for place in sorted(still)]
+    groups += [(Instant(frame), framed[frame]) for frame in sorted(framed)]
+    start: int | None = None
+    for time_us, view in sorted(timed, key=lambda pair: pair[0]):
+        if start is None or time_us - start > window_us:
+            start = time_us
+            groups.append((Instant(None, start), []))
+        groups[-1][1].append(view)
+    return groups
+
+
+def safe_path(camera_id: str, frame: int | None, timestamp_us: int | None) -> Path:
+    """A relative path `camera/frame` for a view that came without a file name.
+
+    The camera id comes from the received file: whatever could leave the output folder is replaced.
+    """
+    camera = re.sub(r"[^\w.+ -]", "_", camera_id).strip(". ")[:100] or "view"
+    if frame is not None:
+        return Path(camera, f"{frame:08d}")
+    return Path(camera) if timestamp_us is None else Path(camera, str(timestamp_us))
