@@ -1,0 +1,29 @@
+"""The two passes of a slice: anchors where (row + column) is odd, as in MLIC and LDMIC, and non-anchors.
+
+Half-grids are packed to [B, C, H, W / 2], so that nothing is computed where nothing is coded. W is even: pictures are
+padded to multiples of 64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _odd_rows(height: int, device: torch.device) -> Tensor:
+    return (torch.arange(height, device=device) % 2 == 1)[:, None]
+
+
+def split(full: Tensor) -> tuple[Tensor, Tensor]:
+    """[.., H, W] -> (anchors, non-anchors), each [.., H, W / 2]."""
+    even, odd = full[..., 0::2], full[..., 1::2]
+    row_is_odd = _odd_rows(full.shape[-2], full.device)
+    return torch.where(row_is_odd, even, odd), torch.where(row_is_odd, odd, even)
+
+
+def merge(anchor: Tensor, non_anchor: Tensor) -> Tensor:
+    """Inverse of `split`."""
+    row_is_odd = _odd_rows(anchor.shape[-2], anchor.device)
+    even = torch.where(row_is_odd, anchor, non_anchor)
+    odd = torch.where(row_is_odd, non_anchor, anchor)
+    return torch.stack([even, odd], dim=-1).flatten(-2)

@@ -1,0 +1,91 @@
+"""Hyper transforms h_a, h_s and the factorised prior of z (Eq. (1), (2))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mvcodec.nn.layers import leaky
+
+LIKELIHOOD_BOUND = 1e-9
+
+
+class HyperAnalysis(nn.Module):
+    """h_a: y [B, M, H, W] -> z [B, N, H/4, W/4]. Sees asinh(y): magnitudes of 1 and of 200 alike in range."""
+
+    def __init__(self, latent_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 5, stride=2, padding=2)
+        self.conv3 = nn.Conv2d(channels, channels, 5, stride=2, padding=2)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.asinh(y))))))
+
+
+class HyperSynthesis(nn.Module):
+    """h_s: z_hat [B, N, h, w] -> Phi_h [B, C_h, 4h, 4w]. Transposed convolutions, integer form to come."""
+
+    def __init__(self, channels: int, channels_out: int) -> None:
+        super().__init__()
+        middle = channels * 3 // 2
+        self.deconv1 = nn.ConvTranspose2d(channels, channels, 5, stride=2, padding=2, output_padding=1)
+        self.deconv2 = nn.ConvTranspose2d(channels, middle, 5, stride=2, padding=2, output_padding=1)
+        self.conv3 = nn.Conv2d(middle, channels_out, 3, padding=1)
+
+    def forward(self, z_hat: Tensor) -> Tensor:
+        return self.conv3(leaky(self.deconv2(leaky(self.deconv1(z_hat)))))
+
+
+class FactorizedPrior(nn.Module):
+    """psi of Eq. (2): each channel of z is a mixture of three logistics, integrated over unit bins.
+
+    Closed form, so its tables need no search for quantiles; the usual monotone network fits no better here.
+    """
+
+    def __init__(self, channels: int, components: int = 3) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(components, channels, 1, 1))
+        self.mean = nn.Parameter(torch.linspace(-1, 1, components)[:, None, None, None].repeat(1, channels, 1, 1))
+        self.ln_scale = nn.Parameter(torch.zeros(components, channels, 1, 1))
+
+    def likelihood(self, z: Tensor) -> Tensor:
+        """z [B, N, h, w], noisy or integer -> probability of the unit bin around it, same shape."""
+        inverse = torch.exp(-self.ln_scale.clamp(-4, 6))
+        distance = (z[:, None] - self.mean).abs()
+        # Upper tail minus upper tail, on |z - mean|: no cancellation far from the mean.
+        mass = torch.sigmoid((0.5 - distance) * inverse) - torch.sigmoid((-0.5 - distance) * inverse)
+        return (self.logit.softmax(dim=0) * mass).sum(dim=1).clamp(min=LIKELIHOOD_BOUND)
+
+    @torch.no_grad()
+    def pmf(self, bound: int) -> Tensor:
+        """[N, 2 bound + 1] float64 probabilities of the integers -bound .. bound."""
+        values = torch.arange(-bound, bound + 1, dtype=torch.float64, device=self.mean.device)
+        prior = FactorizedPrior(self.mean.shape[1], self.mean.shape[0]).to(self.mean.device).double()
+        prior.load_state_dict(self.state_dict())
+        grid = values[None, None, :, None].expand(1, self.mean.shape[1], -1, 1)
+        return prior.likelihood(grid)[0, :, :, 0]
+
+
+def gaussian_likelihood(residual: Tensor, ln_sigma: Tensor) -> Tensor:
+    """P of the unit bin around residual = y - mu under N(0, sigma) (Eq. (3)), bounded away from zero."""
+    sigma = torch.exp(ln_sigma.clamp(-2.3, 6))
+    distance = residual.abs()
+    upper = torch.special.ndtr((0.5 - distance) / sigma)
+    lower = torch.special.ndtr((-0.5 - distance) / sigma)
+    return (upper - lower).clamp(min=LIKELIHOOD_BOUND)
+
+
+def bits(likelihood: Tensor) -> Tensor:
+    """Total -log2 p per sample: [B, ...] -> [B]."""
+    return -torch.log2(likelihood).flatten(1).sum(dim=1)
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """round() whose gradient is the identity."""
+    return x + (x.round() - x).detach()
+
+
+def noisy(x: Tensor) -> Tensor:
+    """x + U(-1/2, 1/2): the differentiable stand-in for rounding in the rate."""
+    return x + torch.empty_like(x).uniform_(-0.5, 0.5)

@@ -1,0 +1,73 @@
+"""Small layers shared by every block.
+
+Everything the entropy model touches is restricted to operations that have an exact integer form (conv, 1x1, sum,
+power-of-two leaky slope): see design/exactness.md. So there is no normalisation layer and no GELU here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAKY_SLOPE = 2.0**-3  # a power of two: an integer shift in the exact path
+BRANCH_GAIN = 0.2  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
+
+
+def leaky(x: Tensor) -> Tensor:
+    """LeakyReLU with slope 1/8."""
+    return F.leaky_relu(x, LEAKY_SLOPE)
+
+
+class ResidualBlock(nn.Module):
+    """RB: 3x3, LeakyReLU, 3x3, LeakyReLU, skip. [B, C_in, H, W] -> [B, C_out, H, W] (LDMIC's fusion network)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + leaky(self.conv2(leaky(self.conv1(x))))
+
+
+class DepthResidualBlock(nn.Module):
+    """DepthRB: 1x1, LeakyReLU, depthwise 3x3, LeakyReLU, 1x1, skip (MLIC's depth-wise residual bottleneck)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(channels_in, channels_out, 1)
+        self.depthwise = nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out)
+        self.project = nn.Conv2d(channels_out, channels_out, 1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.project(leaky(self.depthwise(leaky(self.expand(x)))))
+
+
+class QualityBlock(nn.Module):
+    """Residual block 3x3, 3x3 whose hidden layer is scaled and shifted by the view's quality. Zero at the start.
+
+    The second convolution begins at zero, so a stack of these leaves its input alone until trained: that is what lets
+    the `fast` transforms start as the KLT codec. `scale` [C] brings channels of very different variance to unit size
+    before the branch, and its output back; without it dense blocks diverge from the KLT start.
+    """
+
+    scale: Tensor
+
+    def __init__(self, channels: int, hidden: int, quality_knots: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.film = nn.Linear(quality_knots, 2 * hidden, bias=False)
+        self.register_buffer("scale", torch.ones(channels, 1, 1))
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.film.weight)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]."""
+        gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
+        hidden = leaky(self.conv1(x / self.scale) * (1 + gain) + shift)
+        return x + self.conv2(hidden) * (BRANCH_GAIN * self.scale)

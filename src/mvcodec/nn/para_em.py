@@ -1,0 +1,170 @@
+"""Parallax entropy model, Para-EM (Eq. (3), (4), (18), (19)): l slices x (anchors, non-anchors) = 2 l coding steps.
+
+    slice i:   Phi_ch = PMIFM(y_hat_{i-1}, {y_hat_j, j < i-1})        PCCM, Eq. (18)
+      anchors:      (mu, sigma) = EP_a(Phi_h, Phi_ch)                       Eq. (4)
+      non-anchors:  (mu, sigma) = EP_n(Phi_h, Phi_ch, Phi_lc, Phi_gc)       Phi_lc local, Phi_gc PGCM, Eq. (19)
+
+One walk over the steps serves training, encoder and decoder: it hands (mu, ln sigma) of each step to `code`, which
+returns the decoded values. A later slice cannot reach an earlier one because it does not exist yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.global_context import ParallaxGlobalContext
+from mvcodec.nn.layers import leaky
+from mvcodec.nn.local_context import CheckerboardAttention
+from mvcodec.nn.parallax_attention import SourceFeatures
+from mvcodec.nn.pmifm import ParallaxFusion
+
+# code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
+CodeStep = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class ChannelContext(nn.Module):
+    """PCCM, Eq. (18): the last slice is the main source, all earlier ones its side sources."""
+
+    def __init__(self, slice_channels: int, channels_out: int, mode: str) -> None:
+        super().__init__()
+        self.fusion = ParallaxFusion(slice_channels, slice_channels, mode)
+        self.out = nn.Conv2d(slice_channels, channels_out, 1)
+
+    def forward(self, slices: list[Tensor]) -> Tensor:
+        """slices: the decoded ones, each [B, C, H, W] -> Phi_ch [B, C_out, H, W]."""
+        batch = slices[0].shape[0]
+        features = self.fusion.features(torch.cat(slices))
+        per_slice = SourceFeatures(*(f.unflatten(0, (len(slices), batch)) for f in features))
+        main = SourceFeatures(*(f[-1] for f in per_slice))
+        sides = SourceFeatures(*(f[:-1] for f in per_slice)) if len(slices) > 1 else None
+        return self.out(self.fusion(slices[-1], main, sides).feature)
+
+
+class PlainChannelContext(nn.Module):
+    """Ablation `w/o PCCM`: three convolutions over all earlier slices (MLIC's channel-wise context)."""
+
+    def __init__(self, slice_channels: int, count: int, channels_out: int) -> None:
+        super().__init__()
+        hidden = 2 * slice_channels
+        self.conv1 = nn.Conv2d(slice_channels * count, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.conv3 = nn.Conv2d(hidden, channels_out, 3, padding=1)
+
+    def forward(self, slices: list[Tensor]) -> Tensor:
+        return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.cat(slices, dim=1))))))
+
+
+class EntropyParameters(nn.Module):
+    """EP, Eq. (4): 1x1 convolutions -> (mu, ln sigma offset). The last layer starts at zero: mu = 0, sigma = prior."""
+
+    def __init__(self, channels_in: int, hidden: tuple[int, ...], channels_out: int) -> None:
+        super().__init__()
+        widths = [channels_in, *hidden]
+        self.hidden = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths[:-1], widths[1:]))
+        self.last = nn.Conv2d(widths[-1], 2 * channels_out, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.hidden:
+            x = leaky(layer(x))
+        mu, ln_sigma = self.last(x).chunk(2, dim=1)
+        return mu, ln_sigma
+
+
+class SliceModel(nn.Module):
+    """Contexts and parameter nets of one slice."""
+
+    def __init__(
+        self,
+        index: int,
+        channels: int,
+        hyper_channels: int,
+        widths: tuple[int, ...],
+        window: int,
+        channel_context: str,
+        global_context: str,
+        raw_slices: bool,
+    ) -> None:
+        super().__init__()
+        self.raw_slices = raw_slices
+        context = 2 * channels  # channels of each Phi
+        self.channel_context: nn.Module | None = None
+        if index and channel_context == "plain":
+            self.channel_context = PlainChannelContext(channels, index, context)
+        elif index:
+            self.channel_context = ChannelContext(channels, context, channel_context)
+        known = hyper_channels + (context if index else 0) + (channels * index if raw_slices else 0)
+        guide = context if index else hyper_channels
+        self.local_context = CheckerboardAttention(channels, guide, context, window)
+        # MLIC guides its intra-slice context by the slice before alone; PGCM by the whole channel context.
+        self.guided_by_last = global_context == "mlic" and index > 0
+        self.global_context = ParallaxGlobalContext(channels, channels if self.guided_by_last else guide, context)
+        self.anchor_parameters = EntropyParameters(known, widths, channels)
+        self.other_parameters = EntropyParameters(known + 2 * context, widths, channels)
+
+
+class ParaEM(nn.Module):
+    """Para-EM. `unit` [M] is a power of two near each channel's spread, so that the nets see values of unit size;
+    `ln_spread` [M] the log standard deviation of the transform at gain 1: sigma starts as a good prediction."""
+
+    unit: Tensor
+    ln_spread: Tensor
+
+    def __init__(
+        self,
+        latent_channels: int,
+        hyper_channels: int,
+        slices: int,
+        widths: tuple[int, ...],
+        window: int = 5,
+        channel_context: str = "opam",
+        global_context: str = "pgcm",
+        raw_slices: bool = False,
+    ) -> None:
+        super().__init__()
+        self.slice_channels = latent_channels // slices
+        self.models = nn.ModuleList(
+            SliceModel(
+                i, self.slice_channels, hyper_channels, widths, window, channel_context, global_context, raw_slices
+            )
+            for i in range(slices)
+        )
+        self.register_buffer("unit", torch.ones(latent_channels, 1, 1))
+        self.register_buffer("ln_spread", torch.zeros(latent_channels, 1, 1))
+
+    def forward(self, hyper: Tensor, ln_gain: Tensor, code: CodeStep) -> Tensor:
+        """hyper Phi_h [B, C_h, H, W]; ln_gain [B]: log of the quantiser's reference gain -> y_hat [B, M, H, W]."""
+        hyper_anchor, hyper_other = split(hyper)
+        done: list[Tensor] = []  # y_hat of each finished slice, in quantiser steps
+        seen: list[Tensor] = []  # the same in units
+        for i, model in enumerate(self.models):
+            channels = slice(i * self.slice_channels, (i + 1) * self.slice_channels)
+            unit = self.unit[channels]
+            prior = self.ln_spread[channels] + ln_gain[:, None, None, None]
+            anchor_inputs, other_inputs, guide = [hyper_anchor], [hyper_other], hyper
+            if model.channel_context is not None:
+                guide = model.channel_context(seen)
+                known = torch.cat([guide, *seen], dim=1) if model.raw_slices else guide
+                for inputs, half in zip((anchor_inputs, other_inputs), split(known)):
+                    inputs.append(half)
+
+            mu, ln_sigma = model.anchor_parameters(torch.cat(anchor_inputs, dim=1))
+            anchor = code(2 * i, mu * unit, ln_sigma + prior)
+
+            anchor_seen = anchor / unit
+            anchor_full = merge(anchor_seen, torch.zeros_like(anchor_seen))
+            local = model.local_context(anchor_full, split(guide)[1])
+            global_ = model.global_context(anchor_seen, seen[-1] if model.guided_by_last else guide)
+            mu, ln_sigma = model.other_parameters(torch.cat([*other_inputs, local, global_], dim=1))
+            other = code(2 * i + 1, mu * unit, ln_sigma + prior)
+
+            done.append(merge(anchor, other))
+            seen.append(done[-1] / unit)
+        return torch.cat(done, dim=1)
+
+

@@ -1,0 +1,57 @@
+"""Parallax joint decoder, Para-JD (Eq. (5), (17)): PMIFM, synthesis, PMIFM, synthesis.
+
+    {y_hat_k} 1/16 --PMIFM--> g_s coarse --> {f_k} --PMIFM--> g_s fine --> {x_hat_k}       any K >= 1
+
+The weights are shared by all views, so any number of cameras decodes, in any order. The fusion gains start at zero:
+an untrained joint decoder is K separate decoders.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mvcodec.nn.parallax_attention import SourceFeatures
+from mvcodec.nn.pmifm import ParallaxFusion
+
+
+def fuse_views(fusion: ParallaxFusion, x: Tensor) -> Tensor:
+    """PMIFM of every view against all others: x [B, K, C, H, W] -> same shape. Per-view work is done once."""
+    batch, views = x.shape[:2]
+    flat = fusion.features(x.flatten(0, 1))
+    features = SourceFeatures(*(f.unflatten(0, (batch, views)) for f in flat))
+    fused = []
+    for k in range(views):
+        main = SourceFeatures(*(f[:, k] for f in features))
+        others = [v for v in range(views) if v != k]
+        sides = SourceFeatures(*(f[:, others].transpose(0, 1) for f in features)) if others else None
+        fused.append(fusion(x[:, k], main, sides).feature)
+    return torch.stack(fused, dim=1)
+
+
+class ParaJD(nn.Module):
+    """Para-JD around a two-stage synthesis. mode "none" leaves fusion out altogether (separate decoding)."""
+
+    def __init__(
+        self, coarse: nn.Module, fine: nn.Module, channels: tuple[int, int], widths: tuple[int, int], mode: str
+    ) -> None:
+        super().__init__()
+        self.coarse, self.fine = coarse, fine
+        self.fusions = nn.ModuleList()
+        if mode != "none":
+            self.fusions.extend(ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in zip(channels, widths))
+
+    def forward(self, y_hat: Tensor, quality: Tensor, joint: bool = True) -> Tensor:
+        """y_hat [B, K, M, h, w] (gain undone), quality [B, K, knots] -> x_hat [B, K, 3, H, W], not clamped.
+
+        joint=False decodes each view as if it were alone (K = 1): what `--preview` and the separate figures use.
+        """
+        batch, views = y_hat.shape[:2]
+        flat_quality = quality.flatten(0, 1)
+        x = y_hat
+        for index, stage in enumerate((self.coarse, self.fine)):
+            if self.fusions:
+                grouped = x if joint else x.flatten(0, 1)[:, None]
+                x = fuse_views(self.fusions[index], grouped).reshape(x.shape)
+            x = stage(x.flatten(0, 1), flat_quality).unflatten(0, (batch, views))
+        return x

@@ -1,0 +1,105 @@
+"""Parallax attention along rows or columns, and OPAM, its two stages in sequence (Eq. (7)-(13)).
+
+    e_u, e_v --SKM--> Q, K      M = Q K^T per row            Eq. (8)
+                                M_{v->u} = softmax(M)        Eq. (9)
+    C_u = sum_j M_{v->u}[i,j] M_{u->v}[j,i]                  Eq. (10)
+    f^t_u = M_{v->u} f_v                                     Eq. (11)
+
+Rows are independent, so the work is done in chunks of rows of bounded memory; chunking changes no result.
+M_{u->v} is softmax(M^T), whose entry [j, i] is the softmax of M over its first axis at [i, j]: the consistency is an
+elementwise product and sum, and no W x W x W product is ever formed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mvcodec.nn.selective_kernel import SelectiveKernel
+
+CHUNK_ELEMENTS = 1 << 24  # attention entries held at once: 64 MiB of float32
+
+
+class Aligned(NamedTuple):
+    """A side source seen from the main one."""
+
+    feature: Tensor  # [N, C, H, W]
+    consistency: Tensor  # [N, 1, H, W] in [0, 1]
+
+
+class SourceFeatures(NamedTuple):
+    """What OPAM needs of one source, computed once however many others it meets."""
+
+    value: Tensor  # e [N, C, H, W]
+    row_key: Tensor  # SKM of the horizontal stage
+    column_key: Tensor  # SKM of the vertical stage
+
+
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
+    """HPA, Eq. (8)-(11): query, key [N, C, H, W], value [N, D, H, W]; every row attends to the same row."""
+    n, _, height, width = query.shape
+    q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
+    rows = max(1, chunk // (width * width))
+    features, consistencies = [], []
+    for start in range(0, n * height, rows):
+        part = slice(start, start + rows)
+        match = (q[part] * scale) @ k[part].transpose(1, 2)  # [rows, W, W]
+        forward = match.softmax(dim=-1)
+        backward = match.softmax(dim=-2)
+        features.append(forward.to(v.dtype) @ v[part])
+        consistencies.append((forward * backward).sum(dim=-1, keepdim=True))
+
+    def fold(parts: list[Tensor]) -> Tensor:
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.unflatten(0, (n, height)).permute(0, 3, 1, 2)
+
+    return Aligned(fold(features), fold(consistencies))
+
+
+def attend_columns(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
+    """VPA: HPA with rows and columns exchanged."""
+    turned = attend_rows(query.mT, key.mT, value.mT, scale, chunk)
+    return Aligned(turned.feature.mT, turned.consistency.mT)
+
+
+def attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
+    """Full two-dimensional attention, O(N^4): the paper's `2D attention` ablation, as one row of H W positions."""
+    flat = attend_rows(*(x.flatten(2)[:, :, None] for x in (query, key, value)), scale, chunk)
+    return Aligned(*(x.reshape(*x.shape[:2], *query.shape[2:]) for x in flat))
+
+
+class OmniParallaxAttention(nn.Module):
+    """OPAM, Eq. (12)-(13): rows first, then columns of what the rows brought; C = C_hor * C_ver.
+
+    mode: "opam", or an ablation: "hpa" (rows only), "vpa" (columns only), "attention2d", "average" (LDMIC's joint
+    context transfer: no alignment, all sources alike).
+    """
+
+    def __init__(self, channels: int, mode: str = "opam", scale: float | None = None) -> None:
+        super().__init__()
+        self.mode = mode
+        self.scale = channels**-0.5 if scale is None else scale
+        self.row_skm = SelectiveKernel(channels) if mode in ("opam", "hpa", "attention2d") else None
+        self.column_skm = SelectiveKernel(channels) if mode in ("opam", "vpa") else None
+
+    def features(self, value: Tensor) -> SourceFeatures:
+        """value [N, C, H, W] -> keys and queries of Eq. (7): one SKM serves both, so one call per source."""
+        row = self.row_skm(value) if self.row_skm is not None else value
+        column = self.column_skm(value) if self.column_skm is not None else value
+        return SourceFeatures(value, row, column)
+
+    def forward(self, main: SourceFeatures, side: SourceFeatures) -> Aligned:
+        """Align `side` to `main`; both hold N maps of one size."""
+        if self.mode == "average":
+            return Aligned(side.value, torch.ones_like(side.value[:, :1]))
+        if self.mode == "vpa":
+            return attend_columns(main.column_key, side.column_key, side.value, self.scale)
+        attend = attend_everywhere if self.mode == "attention2d" else attend_rows
+        horizontal = attend(main.row_key, side.row_key, side.value, self.scale)
+        if self.column_skm is None:
+            return horizontal
+        column_key = self.column_skm(horizontal.feature)
+        vertical = attend_columns(main.column_key, column_key, horizontal.feature, self.scale)
+        return Aligned(vertical.feature, horizontal.consistency * vertical.consistency)

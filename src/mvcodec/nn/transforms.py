@@ -1,0 +1,141 @@
+"""Analysis and synthesis transforms g_a, g_s; the synthesis in two stages, one per Para-JD submodule (Eq. (17)).
+
+`paper`: four 5x5 stride-2 convolutions with GDN.        y at 1/16, second stage from 1/4.
+`klt`:   pixel-unshuffle by 8, residual blocks at 1/8, 2x2 stride-2 convolution, residual blocks at 1/16.
+         Starts as the KLT of 16x16 blocks (design/training.md): y at 1/16, second stage from 1/8.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvcodec.nn.layers import QualityBlock
+
+BLOCK = 8  # side of the pixel-unshuffle
+PIXELS = 3 * BLOCK * BLOCK  # channels at 1/8
+
+
+class QualityStack(nn.Module):
+    """Residual blocks conditioned on quality."""
+
+    def __init__(self, channels: int, hidden: int, blocks: int, quality_knots: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(QualityBlock(channels, hidden, quality_knots) for _ in range(blocks))
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, quality)
+        return x
+
+    def set_scale(self, scale: Tensor) -> None:
+        for block in self.blocks:
+            block.scale.copy_(scale[:, None, None])  # type: ignore[union-attr, operator]
+
+
+class KltAnalysis(nn.Module):
+    """g_a of the `klt` kind: x [B, 3, H, W] in [0, 1] -> y [B, M, H/16, W/16], before the gain."""
+
+    def __init__(self, latent_channels: int, hidden: int, blocks8: int, blocks16: int, quality_knots: int) -> None:
+        super().__init__()
+        self.stage8 = QualityStack(PIXELS, hidden, blocks8, quality_knots)
+        self.klt = nn.Conv2d(PIXELS, latent_channels, 2, stride=2)
+        self.stage16 = QualityStack(latent_channels, latent_channels, blocks16, quality_knots)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x - 0.5, BLOCK)
+        return self.stage16(self.klt(self.stage8(x, quality)), quality)
+
+
+class KltSynthesisCoarse(nn.Module):
+    """First stage of g_s: y_hat [B, M, H/16, W/16] -> f [B, 192, H/8, W/8]."""
+
+    def __init__(self, latent_channels: int, blocks16: int, quality_knots: int) -> None:
+        super().__init__()
+        self.stage16 = QualityStack(latent_channels, latent_channels, blocks16, quality_knots)
+        self.klt = nn.Conv2d(latent_channels, 4 * PIXELS, 1)
+
+    def forward(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.klt(self.stage16(y_hat, quality)), 2)
+
+
+class KltSynthesisFine(nn.Module):
+    """Second stage of g_s: f [B, 192, H/8, W/8] -> picture [B, 3, H, W]."""
+
+    def __init__(self, hidden: int, blocks8: int, quality_knots: int) -> None:
+        super().__init__()
+        self.stage8 = QualityStack(PIXELS, hidden, blocks8, quality_knots)
+
+    def forward(self, f: Tensor, quality: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.stage8(f, quality), BLOCK) + 0.5
+
+
+@torch.no_grad()
+def start_as_klt(analysis: KltAnalysis, synthesis: KltSynthesisCoarse, covariance: Tensor) -> Tensor:
+    """Set both transforms to the first M principal components of 16x16 RGB blocks.
+
+    covariance [768, 768] float64 of pixel-unshuffled 2x2 neighbourhoods (order: channel at 1/8, row, column), about
+    the mean 0.5. Returns the standard deviation of each component [M].
+    """
+    count = analysis.klt.out_channels
+    values, vectors = torch.linalg.eigh(covariance)
+    basis = vectors.flip(1)[:, :count].T.float()  # [M, 768], largest first
+    spread = values.flip(0)[:count].clamp(min=1e-8).sqrt().float()
+    analysis.klt.weight.copy_(basis.reshape(count, PIXELS, 2, 2))
+    synthesis.klt.weight.copy_(basis.T[:, :, None, None])
+    for layer in (analysis.klt, synthesis.klt):
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    analysis.stage16.set_scale(spread)
+    synthesis.stage16.set_scale(spread)
+    return spread
+
+
+def _convolutions(widths: tuple[int, ...], transposed: bool, last_is_picture: bool) -> nn.Sequential:
+    """5x5 stride-2 layers with (inverse) GDN between; none after the last one when `last_is_picture`."""
+    from compressai.layers import GDN  # 5 s to import, and only the `paper` profile needs it
+
+    layers: list[nn.Module] = []
+    for index, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
+        if transposed:
+            layers.append(nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1))
+        else:
+            layers.append(nn.Conv2d(a, b, 5, stride=2, padding=2))
+        if index < len(widths) - 2 or not last_is_picture:
+            layers.append(GDN(b, inverse=transposed))
+    return nn.Sequential(*layers)
+
+
+class PaperAnalysis(nn.Module):
+    """g_a: 4 x (5x5 stride-2 convolution), GDN between. [B, 3, H, W] -> [B, M, H/16, W/16]."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        m = latent_channels
+        self.layers = _convolutions((3, m, m, m, m), transposed=False, last_is_picture=True)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class PaperSynthesisCoarse(nn.Module):
+    """2 x (5x5 stride-2 deconvolution, IGDN): y_hat [B, M, H/16, W/16] -> f [B, M, H/4, W/4]."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        m = latent_channels
+        self.layers = _convolutions((m, m, m), transposed=True, last_is_picture=False)
+
+    def forward(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        return self.layers(y_hat)
+
+
+class PaperSynthesisFine(nn.Module):
+    """Deconvolution, IGDN, deconvolution: f [B, M, H/4, W/4] -> picture [B, 3, H, W]."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.layers = _convolutions((latent_channels, latent_channels, 3), transposed=True, last_is_picture=True)
+
+    def forward(self, f: Tensor, quality: Tensor) -> Tensor:
+        return self.layers(f)

@@ -1,0 +1,162 @@
+"""ParaHydra wired from its blocks: configuration and data flow, no arithmetic of its own.
+
+    x --g_a--> y --gain--> y q --h_a--> z --round--> z_hat --h_s--> Phi_h --Para-EM--> y_hat --1/gain--> Para-JD --> x_hat
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mvcodec.nn import hyperprior as hp
+from mvcodec.nn import transforms as tf
+from mvcodec.nn.checkerboard import split
+from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
+from mvcodec.nn.para_em import ParaEM
+from mvcodec.nn.para_jd import ParaJD
+
+PAD_MULTIPLE = 64  # z is at 1/64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Every width and every switch. The paper's ablations are values of `joint`, `channel_context`, `global_context`."""
+
+    profile: str = "fast"
+    transform: str = "klt"  # klt | paper
+    latent_channels: int = 256  # M
+    hyper_channels: int = 128  # N, of z
+    prior_channels: int = 256  # of Phi_h
+    slices: int = 8
+    parameter_widths: tuple[int, ...] = (224, 160)  # hidden layers of EP
+    raw_slices: bool = True  # EP also sees the earlier slices themselves (1x1)
+    window: int = 5
+    channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
+    global_context: str = "pgcm"  # pgcm | mlic
+    joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
+    fusion_widths: tuple[int, int] = (96, 96)
+    block_channels: int = 192  # hidden width of the klt blocks at 1/8
+    analysis_blocks: tuple[int, int] = (2, 2)  # at 1/8, at 1/16
+    synthesis_blocks: tuple[int, int] = (2, 3)  # at 1/16, at 1/8
+    quality_knots: int = 6
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelConfig:
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        return ModelConfig(**{**values, **lists})
+
+
+PROFILES = {
+    "fast": ModelConfig(),
+    "paper": ModelConfig(
+        profile="paper",
+        transform="paper",
+        latent_channels=192,
+        hyper_channels=192,
+        prior_channels=384,
+        parameter_widths=(320, 256, 128),
+        raw_slices=False,
+        fusion_widths=(192, 192),
+    ),
+    "tiny": ModelConfig(
+        profile="tiny",
+        latent_channels=32,
+        hyper_channels=16,
+        prior_channels=32,
+        slices=4,
+        parameter_widths=(24,),
+        fusion_widths=(16, 16),
+        block_channels=16,
+        analysis_blocks=(1, 1),
+        synthesis_blocks=(1, 1),
+        quality_knots=3,
+    ),
+}
+
+
+def config_for(profile: str, **changes: Any) -> ModelConfig:
+    """The named profile with some switches changed."""
+    return replace(PROFILES[profile], **changes)
+
+
+class TrainingOutput(NamedTuple):
+    """One forward pass in training: pictures [B, K, 3, H, W], estimated bits of each view [B, K]."""
+
+    pictures: Tensor
+    bits: Tensor
+
+
+class ParaHydra(nn.Module):
+    """The whole codec as one trainable module."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        coarse: nn.Module
+        fine: nn.Module
+        if c.transform == "klt":
+            self.g_a: nn.Module = tf.KltAnalysis(c.latent_channels, c.block_channels, *c.analysis_blocks, c.quality_knots)
+            coarse = tf.KltSynthesisCoarse(c.latent_channels, c.synthesis_blocks[0], c.quality_knots)
+            fine = tf.KltSynthesisFine(c.block_channels, c.synthesis_blocks[1], c.quality_knots)
+            middle = tf.PIXELS
+        else:
+            self.g_a = tf.PaperAnalysis(c.latent_channels)
+            coarse = tf.PaperSynthesisCoarse(c.latent_channels)
+            fine = tf.PaperSynthesisFine(c.latent_channels)
+            middle = c.latent_channels
+        self.gain = QualityGain(c.latent_channels, c.quality_knots)
+        self.h_a = hp.HyperAnalysis(c.latent_channels, c.hyper_channels)
+        self.h_s = hp.HyperSynthesis(c.hyper_channels, c.prior_channels)
+        self.z_prior = hp.FactorizedPrior(c.hyper_channels)
+        self.para_em = ParaEM(
+            c.latent_channels,
+            c.prior_channels,
+            c.slices,
+            c.parameter_widths,
+            c.window,
+            c.channel_context,
+            c.global_context,
+            c.raw_slices,
+        )
+        self.para_jd = ParaJD(coarse, fine, (c.latent_channels, middle), c.fusion_widths, c.joint)
+
+    def start_as_klt(self, covariance: Tensor) -> None:
+        """Make the untrained `klt` model the best linear codec of pictures with this covariance [768, 768]."""
+        assert isinstance(self.g_a, tf.KltAnalysis) and isinstance(self.para_jd.coarse, tf.KltSynthesisCoarse)
+        spread = tf.start_as_klt(self.g_a, self.para_jd.coarse, covariance)
+        self.para_em.ln_spread.copy_(spread.log()[:, None, None])
+        middle_gain = log_gain_reference(0.5)
+        self.para_em.unit.copy_(torch.exp2((spread.log2() + middle_gain / 0.6931).round())[:, None, None])
+
+    def forward(self, pictures: Tensor, t: Tensor, joint: bool = True) -> TrainingOutput:
+        """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1]."""
+        batch, views = t.shape
+        basis = hat_basis(t.flatten(), self.config.quality_knots)
+        y = self.g_a(pictures.flatten(0, 1), basis) * self.gain.gain(basis)
+        y = y.float()
+        z = self.h_a(y).float()
+        z_bits = hp.bits(self.z_prior.likelihood(hp.noisy(z)))
+        hyper = self.h_s(hp.round_straight_through(z))
+
+        y_bits = torch.zeros_like(z_bits)
+        steps = [half for part in y.chunk(self.config.slices, dim=1) for half in split(part)]
+
+        def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
+            nonlocal y_bits
+            mu = mu.float()
+            residual = steps[step] - mu
+            y_bits = y_bits + hp.bits(hp.gaussian_likelihood(hp.noisy(residual), ln_sigma.float()))
+            return hp.round_straight_through(residual) + mu
+
+        y_hat = self.para_em(hyper, log_gain_reference(0) + (log_gain_reference(1) - log_gain_reference(0)) * t.flatten(), code)
+        y_hat = y_hat * self.gain.inverse(basis)
+        x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint)
+        return TrainingOutput(x_hat.float(), (y_bits + z_bits).unflatten(0, (batch, views)))
+
+

@@ -1,0 +1,1 @@
+"""Training: data, the KLT start, the loop. `mvcodec train` is the command."""
