@@ -1,0 +1,162 @@
+"""The codec in two functions: what a camera does, and what the sink does with any number of cameras' files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvcodec.container import Damage, Header, Stream, pack, unpack
+from mvcodec.errors import ModelError, UsageError
+from mvcodec.images import Image
+from mvcodec.latents import decode_latents, encode_latents
+from mvcodec.nn.gain import hat_basis
+from mvcodec.parahydra import PAD_MULTIPLE
+from mvcodec.weights import Model
+
+
+@dataclass(frozen=True)
+class DecodedView:
+    """One reconstructed picture and how it came about."""
+
+    header: Header
+    image: Image
+    peers: tuple[str, ...] = ()  # camera ids that were read as context
+    damage: Damage | None = field(default=None)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8] | NDArray[np.uint16]:
+        return self.image.pixels
+
+
+@torch.inference_mode()
+def encode_image(
+    model: Model,
+    image: Image,
+    quality: float,
+    *,
+    camera_id: str = "",
+    frame: int | None = None,
+    timestamp_us: int | None = None,
+) -> bytes:
+    """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better. Eq. (1)-(4)."""
+    if not 0 <= quality <= 100:
+        raise UsageError(f"quality {quality} is not between 0 and 100")
+    quality = round(quality * 100) / 100  # as the header stores it
+    net = model.net
+    basis = hat_basis(torch.tensor([quality / 100], device=model.device), net.config.quality_knots)
+    x = _pad(to_tensor(image).to(model.device))  # [1, 3, H, W], multiples of 64
+    with _autocast(model):
+        y = net.g_a(x, basis)  # [1, M, H/16, W/16]
+    y = y.float() * net.gain.gain(basis)
+    z = net.h_a(y)  # [1, N, H/64, W/64]
+    latents = encode_latents(model, y, z, quality / 100)
+    header = Header(
+        model_id=model.id,
+        profile=net.config.profile,
+        quality=quality,
+        width=image.width,
+        height=image.height,
+        colour=image.colour,
+        depth=image.depth,
+        camera_id=camera_id,
+        frame=frame,
+        timestamp_us=timestamp_us,
+        icc=image.icc,
+        exif=image.exif,
+    )
+    return pack(Stream(header, latents.hyper, latents.slices))
+
+
+@torch.inference_mode()
+def decode_set(
+    model: Model, files: Sequence[bytes | Stream], *, joint: bool = True, partial: bool = False
+) -> list[DecodedView]:
+    """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
+
+    joint=False decodes each view alone. partial=True accepts damaged files as far as they are intact.
+    """
+    streams = [s if isinstance(s, Stream) else unpack(s, partial=partial) for s in files]
+    if not streams:
+        raise UsageError("no files to decode")
+    for stream in streams:
+        check_model(model, stream.header)
+    # Order decides nothing: not even rounding. Ties of camera id are broken by content.
+    streams.sort(key=lambda s: (s.header.camera_id, s.header.frame or 0, s.hyper, s.slices[0].anchor if s.slices else b""))
+    latents = [decode_latents(model, stream) for stream in streams]  # each [1, M, h_k, w_k]
+    qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
+    pictures = reconstruct(model, latents, qualities, joint)
+    ids = [s.header.camera_id for s in streams]
+    return [
+        DecodedView(
+            stream.header,
+            to_image(picture, stream.header),
+            tuple(ids[:k] + ids[k + 1 :]) if joint else (),
+            stream.damage,
+        )
+        for k, (stream, picture) in enumerate(zip(streams, pictures))
+    ]
+
+
+@torch.inference_mode()
+def reconstruct(model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True) -> list[Tensor]:
+    """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
+    net = model.net
+    basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
+    scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis)]
+    sizes = [y.shape[2:] for y in scaled]
+    if joint:
+        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in scaled]
+        groups = [(torch.stack(views, dim=1), basis[None])]  # [1, K, M, h, w]
+    else:
+        groups = [(y[None], b[None, None]) for y, b in zip(scaled, basis)]
+    with _autocast(model):
+        decoded = [picture for y, b in groups for picture in net.para_jd(y, b, joint)[0]]
+    return [
+        picture[:, : 16 * size[0], : 16 * size[1]].float().clamp(0, 1) for picture, size in zip(decoded, sizes)
+    ]
+
+
+def check_model(model: Model, header: Header) -> None:
+    """Refuse a file that other weights have written: its integers could not be decoded."""
+    if header.model_id != model.id:
+        raise ModelError(
+            f"file was written with {header.profile} model {header.model_id.hex()}, "
+            f"but {model.name} is {model.id.hex()}; pass the model it was written with"
+        )
+
+
+def to_tensor(image: Image) -> Tensor:
+    """[H, W, 3] or [H, W] uint8 / uint16 -> [1, 3, H, W] float32 in [0, 1]; grey is repeated."""
+    peak = 255.0 if image.depth == 8 else 65535.0
+    pixels = torch.from_numpy(image.pixels.astype(np.float32)) / peak
+    if pixels.ndim == 2:
+        pixels = pixels[..., None].expand(-1, -1, 3)
+    return pixels.permute(2, 0, 1)[None].contiguous()
+
+
+def to_image(picture: Tensor, header: Header) -> Image:
+    """[3, H, W] in [0, 1] -> the kind of picture that was encoded, cropped to its size."""
+    pixels = picture[:, : header.height, : header.width]
+    if header.colour == "grey":
+        pixels = pixels.mean(dim=0, keepdim=True)
+    peak, dtype = (255, np.uint8) if header.depth == 8 else (65535, np.uint16)
+    array = (pixels * peak).round().to(torch.int32).cpu().numpy().astype(dtype)
+    array = array[0] if header.colour == "grey" else array.transpose(1, 2, 0)
+    return Image(np.ascontiguousarray(array), header.icc, header.exif)
+
+
+def _pad(x: Tensor) -> Tensor:
+    """Replicate right and bottom to multiples of 64."""
+    height, width = x.shape[2:]
+    return F.pad(x, (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
+
+
+def _autocast(model: Model) -> torch.autocast:
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.bfloat16)

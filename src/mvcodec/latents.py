@@ -1,0 +1,135 @@
+"""Between latents and sections: the one walk through the entropy model that encoder and decoder share.
+
+`snap` turns the networks' output into (mu, sigma index), the only numbers the coder sees. It and everything before it
+runs in float64 outside autocast; mu lies on a grid of 1/64. Encoder and decoder call the same `walk`, the encoder on
+its own decoded values, so both see the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvcodec import entropy
+from mvcodec.container import Slice, Stream, integer_check
+from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
+from mvcodec.errors import BitstreamError, DesyncError
+from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.gain import log_gain_reference
+from mvcodec.nn.para_em import CodeStep
+from mvcodec.weights import Model
+
+MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
+LN_SIGMA_FIRST = float(np.log(SIGMAS[0]))
+LN_SIGMA_STEP = float(np.log(SIGMAS[-1] / SIGMAS[0])) / (len(SIGMAS) - 1)
+LATENT_STRIDE, HYPER_STRIDE = 16, 64  # pixels per y, per z
+
+
+def snap(mu: Tensor, ln_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(mu, ln sigma) float64 -> mu on its grid, index int64 of the nearest of the 64 log-spaced sigmas."""
+    index = ((ln_sigma - LN_SIGMA_FIRST) / LN_SIGMA_STEP).round().clamp(0, len(SIGMAS) - 1).long()
+    limit = MAX_SYMBOL / 2
+    return (mu.clamp(-limit, limit) * MU_GRID).round() / MU_GRID, index
+
+
+def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
+    """z_hat [B, N, h, w] integers, quality t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
+    net = model.net
+    with torch.autocast(z_hat.device.type, enabled=False):
+        hyper = net.h_s(z_hat.double())
+        ln_gain = torch.full((z_hat.shape[0],), log_gain_reference(t), dtype=torch.float64, device=z_hat.device)
+        return net.para_em(hyper, ln_gain, code)
+
+
+def slice_check(y_hat: Tensor) -> int:
+    """16-bit check of a slice [1, C, h, w]: of its values in units of 1/64, little-endian int32 in C order."""
+    integers = (y_hat * MU_GRID).to(torch.int32).cpu().numpy()
+    return integer_check(integers.astype("<i4").tobytes())
+
+
+class EncodedLatents(NamedTuple):
+    """What the file carries, and what it costs in theory."""
+
+    hyper: bytes
+    slices: tuple[Slice, ...]
+    y_hat: Tensor  # [1, M, h, w]
+
+
+def encode_latents(model: Model, y: Tensor, z: Tensor, t: float) -> EncodedLatents:
+    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections."""
+    z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+    hyper = entropy.encode(_integers(z_hat), _hyper_index(z_hat.shape), model.hyper)
+    halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]
+    sections: list[bytes] = []
+
+    def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
+        mu, index = snap(mu, ln_sigma)
+        symbols = (halves[step] - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+        symbols = torch.where(index == 0, 0.0, symbols)  # the lowest sigma is not coded
+        sections.append(entropy.encode(_integers(symbols), _integers(index), model.gaussian))
+        return symbols + mu
+
+    y_hat = walk(model, z_hat, t, code)
+    checks = [slice_check(part) for part in y_hat.chunk(model.net.config.slices, dim=1)]
+    slices = tuple(Slice(sections[2 * i], sections[2 * i + 1], check) for i, check in enumerate(checks))
+    return EncodedLatents(hyper, slices, y_hat)
+
+
+def decode_latents(model: Model, stream: Stream) -> Tensor:
+    """The sections of one file -> y_hat [1, M, h, w] float64 on the model's device.
+
+    Sections that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
+    that no encoder writes, DesyncError where the integers are not those that were encoded.
+    """
+    config, header = model.net.config, stream.header
+    height, width = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
+    shape = (1, config.hyper_channels, height, width)
+    symbols = entropy.decode(stream.hyper, _hyper_index(shape), model.hyper)
+    z_hat = torch.from_numpy(symbols.reshape(shape)).to(model.device)
+    payloads: list[bytes | None] = []
+    for part in stream.slices:
+        payloads += [part.anchor, part.non_anchor]
+    if stream.damage is None and len(payloads) != 2 * config.slices:
+        raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
+    payloads += [None] * (2 * config.slices - len(payloads))
+    halves: list[Tensor] = []
+
+    def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
+        mu, index = snap(mu, ln_sigma)
+        payload = payloads[step]
+        if payload is None:
+            halves.append(mu)
+            return mu
+        try:
+            values = entropy.decode(payload, _integers(index), model.gaussian)
+        except BitstreamError as error:
+            # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
+            raise DesyncError(f"slice {step // 2}: {error}; its parameters differ from the encoder's") from error
+        halves.append(torch.from_numpy(values).to(model.device).reshape(mu.shape) + mu)
+        _verify(step)
+        return halves[-1]
+
+    def _verify(step: int) -> None:
+        if step % 2 and payloads[step] is not None:
+            found = slice_check(merge(*halves[-2:]))
+            if found != stream.slices[step // 2].check:
+                raise DesyncError(
+                    f"slice {step // 2}: decoded integers have check {found:#06x}, "
+                    f"the encoder's had {stream.slices[step // 2].check:#06x}; the two machines' arithmetic differs"
+                )
+
+    return walk(model, z_hat, header.quality / 100, code)
+
+
+def _integers(values: Tensor) -> NDArray[np.int32]:
+    return values.to(torch.int32).flatten().cpu().numpy()
+
+
+def _hyper_index(shape: tuple[int, ...] | torch.Size) -> NDArray[np.int32]:
+    """Table of each z in C order: its channel."""
+    _, channels, height, width = shape
+    return np.repeat(np.arange(channels, dtype=np.int32), height * width)

@@ -1,0 +1,157 @@
+"""Model files: one safetensors file holds the weights (fp16), the integer tables and, as metadata, the configuration.
+
+The model id is a hash of what the decoded integers depend on: h_s, Para-EM and the tables. A better encoder or joint
+decoder around the same entropy model keeps the id, and with it every file ever written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from mvcodec.entropy.tables import Tables, counts_from_pmf, gaussian_tables
+from mvcodec.errors import ModelError
+from mvcodec.files import atomic, shipped
+from mvcodec.parahydra import ModelConfig, ParaHydra
+
+FORMAT = "mvcodec-weights-1"
+DEFAULT_MODEL = "fast"
+ENTROPY_PARTS = ("h_s.", "para_em.", "tables.")  # what the integers depend on
+HYPER_BOUND = 40  # z beyond it is coded as an escape
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded codec: networks, tables, identity. The entropy path is float64, everything else float32."""
+
+    name: str
+    net: ParaHydra
+    gaussian: Tables  # 64 scales, for y
+    hyper: Tables  # one per channel, for z
+    id: bytes  # 8 bytes, see the module's docstring
+    about: Mapping[str, str]  # training history from the file's metadata
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.gain.log_gain.device
+
+    @cached_property
+    def bfloat16(self) -> bool:
+        """Whether the float networks run in bfloat16: only where the processor has it in hardware."""
+        return self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
+def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
+    """First 8 bytes of SHA-256 over the entropy path's tensors (name, shape, little-endian data) and the config."""
+    digest = hashlib.sha256()
+    switches = {k: v for k, v in config.to_dict().items() if k not in ("joint", "fusion_widths", "profile")}
+    digest.update(json.dumps(switches, sort_keys=True).encode())
+    for name in sorted(n for n in tensors if n.startswith(ENTROPY_PARTS)):
+        array = tensors[name].numpy()
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.digest()[:8]
+
+
+def export_model(net: ParaHydra, path: Path, about: Mapping[str, str] | None = None) -> bytes:
+    """Write `net` as a model file, whole or not at all; returns the model id."""
+    tensors = {name: value.detach().cpu().half().contiguous() for name, value in net.state_dict().items()}
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ModelError(f"{name} does not fit fp16 or is not finite; the model cannot be exported")
+    pmf = net.z_prior.pmf(HYPER_BOUND).cpu().numpy()
+    counts = counts_from_pmf(pmf / np.maximum(pmf.sum(axis=1, keepdims=True), 1.0))
+    hyper = Tables(counts.flatten(), [counts.shape[1]] * len(counts), [-HYPER_BOUND] * len(counts))
+    for kind, tables in (("gaussian", gaussian_tables()), ("hyper", hyper)):
+        for name, array in tables.arrays().items():
+            tensors[f"tables.{kind}.{name}"] = torch.from_numpy(array.astype(np.int32))
+    metadata = {"format": FORMAT, "config": json.dumps(net.config.to_dict()), **(about or {})}
+    with atomic(path) as file:
+        file.write(to_safetensors(tensors, metadata=metadata))
+    return entropy_id(tensors, net.config)
+
+
+def available_models() -> list[Path]:
+    """The model files that came with the package, and those in $MVCODEC_MODELS."""
+    folders = [shipped("models")]
+    if extra := os.environ.get("MVCODEC_MODELS"):
+        folders.append(Path(extra))
+    return sorted(path for folder in folders for path in folder.glob("*.safetensors"))
+
+
+def find_model(name: str) -> Path:
+    """A path as it is, or the name of an available model."""
+    if name.endswith(".safetensors"):
+        if Path(name).is_file():
+            return Path(name)
+        raise ModelError(f"model file {name} does not exist")
+    models = {path.stem: path for path in available_models()}
+    if name not in models:
+        known = ", ".join(models) or "none"
+        raise ModelError(f"no model named {name!r}; available: {known}")
+    return models[name]
+
+
+def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, str]]:
+    """Tensors, configuration and remaining metadata of a model file; ModelError if it is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a readable model file: {error}") from error
+    if metadata.pop("format", None) != FORMAT:
+        raise ModelError(f"{path} is not an mvcodec model file (format {FORMAT})")
+    try:
+        config = ModelConfig.from_dict(json.loads(metadata.pop("config")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} has no valid configuration: {error}") from error
+    return tensors, config, metadata
+
+
+def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch.device = "cpu") -> Model:
+    """Load a model by name or path. Raises ModelError if it is missing, damaged or inconsistent."""
+    path = find_model(os.fspath(name))
+    tensors, config, about = read_model_file(path)
+    identity = entropy_id(tensors, config)
+    tables = {
+        kind: Tables(
+            **{part: _table(tensors, path, f"tables.{kind}.{part}") for part in ("counts", "lengths", "offsets")},
+            skip_first=kind == "gaussian",
+        )
+        for kind in ("gaussian", "hyper")
+    }
+    with torch.device("meta"):
+        net = ParaHydra(config)
+    state = {name: value.float() for name, value in tensors.items()}
+    try:
+        net.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}") from error
+    if len(tables["hyper"]) != config.hyper_channels or len(tables["gaussian"]) != 64:
+        raise ModelError(f"{path}: entropy tables do not fit the configuration")
+    net.requires_grad_(False).eval()
+    for part in (net.h_s, net.para_em):
+        part.double()
+    net.to(device)
+    for part in (net.g_a, net.para_jd):
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Model(path.stem, net, tables["gaussian"], tables["hyper"], identity, about)
+
+
+def _table(tensors: dict[str, Tensor], path: Path, name: str) -> Any:
+    if name not in tensors:
+        raise ModelError(f"{path}: {name} is missing")
+    return tensors.pop(name).numpy()
