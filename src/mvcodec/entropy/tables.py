@@ -113,7 +113,7 @@ def counts_from_pmf(pmf: ArrayLike) -> NDArray[np.int64]:
     if free < 0:
         raise ValueError(f"pmf rows of {p.shape[1] - 1} values do not fit counts out of {TOTAL}")
     share = p / p.sum(axis=1, keepdims=True) * free
-    counts = np.floor(share).astype(np.int64)
+    counts: NDArray[np.int64] = np.floor(share).astype(np.int64)
     by_remainder = np.argsort(counts - share, axis=1, kind="stable")
     rank = np.argsort(by_remainder, axis=1, kind="stable")
     counts += 1 + (rank < free - counts.sum(axis=1, keepdims=True))

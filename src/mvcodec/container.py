@@ -1,0 +1,459 @@
+"""The .phv file: one picture of one camera. This grammar and `bitstream_spec.md` share names and order.
+
+    signature 8 | version 1 | header_size | header | header_crc 2 | payload | file_crc 4
+
+    header  = metadata | sizes and checks of all sections
+    payload = hyper | slice 0 anchor | slice 0 non-anchor | slice 1 anchor | ...
+
+All sizes stand in the header, so a file is cut out of a concatenation, listed or found truncated without any
+decoding. Imports neither torch nor numpy: `mvcodec info` is instant.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import construct as c
+
+from mvcodec.errors import BitstreamError, UsageError
+
+SIGNATURE = b"\x89PHV\r\n\x1a\n"  # as PNG's: not text, and any newline conversion or 7-bit channel breaks it
+VERSION = 1  # not frozen until the integer entropy path lands
+PROFILES = ("paper", "fast", "tiny")
+
+MAX_SIDE = 65535
+MAX_PIXELS = 1 << 28  # 268 MP: the decoded float picture alone takes 3 GiB; larger ones are to be tiled
+MAX_CAMERA_ID = 128  # bytes of UTF-8: names output files, whose names may have 255
+MAX_ICC = 1 << 22  # display profiles have kilobytes, printer tables at most a few megabytes
+MAX_EXIF = 1 << 16  # what a JPEG segment can hold
+MAX_SLICES = 32
+MAX_SECTION = (1 << 28) - 1  # four length bytes
+MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about its picture. Raises UsageError for values that a file cannot hold."""
+
+    model_id: bytes  # first 8 bytes of the SHA-256 of the weights
+    profile: str  # "paper" | "fast" | "tiny"
+    quality: float  # 0 .. 100, kept to 1/100: the encoder uses this rounded value too
+    width: int  # of the original picture
+    height: int
+    colour: str = "rgb"  # "rgb" | "grey"
+    depth: int = 8  # bits per sample of the source: 8 | 16
+    camera_id: str = ""
+    frame: int | None = None
+    timestamp_us: int | None = None  # microseconds, since 1970 if absolute
+    icc: bytes = b""
+    exif: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quality <= 100:
+            raise UsageError("quality must be in 0 .. 100")
+        object.__setattr__(self, "quality", round(self.quality * 100) / 100)
+        _metadata_bytes(self)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One latent slice: two sections and the 16-bit check of its decoded integers (`integer_check`)."""
+
+    anchor: bytes
+    non_anchor: bytes | None  # None only in the last slice of a damaged file
+    check: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Why a partial read stopped: what no longer follows, from which byte on."""
+
+    reason: str
+    offset: int
+    missing: tuple[str, ...]  # names of the sections not delivered; () if only the file CRC is wrong
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The content of one file; `damage` is set only where partial=True was asked and something was lost."""
+
+    header: Header
+    hyper: bytes
+    slices: tuple[Slice, ...]
+    damage: Damage | None = None
+
+
+@dataclass(frozen=True)
+class _Section:
+    name: str
+    start: int
+    stop: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Everything the header tells: metadata, where each section lies, checks of the slices, file size."""
+
+    header: Header
+    header_bytes: int
+    sections: tuple[_Section, ...]
+    checks: tuple[int, ...]
+    size: int
+
+
+class _Checked(c.Subconstruct):  # type: ignore[misc]
+    """A field with a rule: BitstreamError with the byte offset when parsed, UsageError when built."""
+
+    def __init__(self, subcon: Any, sentence: str, rule: Callable[[Any], bool]) -> None:
+        super().__init__(subcon)
+        self.sentence = sentence
+        self.rule = rule
+
+    def _parse(self, stream: Any, context: Any, path: str) -> Any:
+        start = stream.tell()
+        value = self.subcon._parsereport(stream, context, path)
+        if not self.rule(value):
+            raise BitstreamError(self.sentence, start)
+        return value
+
+    def _build(self, value: Any, stream: Any, context: Any, path: str) -> Any:
+        if not self.rule(value):
+            raise UsageError(self.sentence)
+        return self.subcon._build(value, stream, context, path)
+
+
+class _VarUInt(c.Construct):  # type: ignore[misc]
+    """Unsigned LEB128: 7 bits a byte, lowest first, high bit = more follows; the shortest form only."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def _parse(self, stream: Any, context: Any, path: str) -> int:
+        start, value, shift = stream.tell(), 0, 0
+        while True:
+            byte: int = c.stream_read(stream, 1, path)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if value > self.limit or (byte == 0 and shift > 7):
+                raise BitstreamError(f"number above {self.limit} or not in its shortest form", start)
+            if byte < 128:
+                return value
+
+    def _build(self, value: Any, stream: Any, context: Any, path: str) -> Any:
+        if not 0 <= value <= self.limit:
+            raise UsageError(f"{value} in {path.split(' -> ')[-1]} must be in 0 .. {self.limit}")
+        rest = value
+        while rest >= 128:
+            stream.write(bytes([rest & 127 | 128]))
+            rest >>= 7
+        stream.write(bytes([rest]))
+        return value
+
+
+def _is_camera_id(raw: bytes) -> bool:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return False
+    if len(raw) > MAX_CAMERA_ID or text in (".", ".."):
+        return False
+    return all(ch >= " " and not "\x7f" <= ch <= "\x9f" and ch not in "/\\" for ch in text)
+
+
+def _is_size(size: tuple[int, int]) -> bool:
+    width, height = size
+    return 1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS
+
+
+def _blob(name: str, limit: int) -> Any:
+    sentence = f"{name} must have 1 to {limit} bytes where present"
+    return _Checked(c.Prefixed(_VarUInt(limit), c.GreedyBytes), sentence, lambda b: 1 <= len(b) <= limit)
+
+
+PREFIX = c.Struct(
+    "signature" / c.Bytes(len(SIGNATURE)),
+    "version" / c.Byte,
+    "header_size" / _VarUInt(MAX_HEADER),
+)
+METADATA = c.Struct(
+    "model_id" / _Checked(c.Bytes(8), "model id must have 8 bytes", lambda b: len(b) == 8),
+    "profile" / _Checked(c.Byte, f"profile must be one of {PROFILES}", lambda v: v < len(PROFILES)),
+    "quality" / _Checked(c.Int16ub, "quality must be in 0 .. 100", lambda v: 0 <= v <= 10000),
+    "flags" / c.FlagsEnum(
+        _Checked(c.Byte, "reserved flags must be zero", lambda v: v < 64),
+        grey=1, depth_16=2, frame=4, timestamp=8, icc=16, exif=32,
+    ),
+    "size" / _Checked(
+        c.Sequence(_VarUInt(MAX_SIDE), _VarUInt(MAX_SIDE)),
+        f"width and height must be in 1 .. {MAX_SIDE}, width x height at most {MAX_PIXELS}", _is_size,
+    ),
+    "camera_id" / _Checked(
+        c.Prefixed(c.Byte, c.GreedyBytes),
+        f"camera id must be UTF-8, at most {MAX_CAMERA_ID} bytes, no control character, / or \\",
+        _is_camera_id,
+    ),
+    "frame" / c.If(c.this.flags.frame, _VarUInt((1 << 63) - 1)),
+    "timestamp_us" / c.If(c.this.flags.timestamp, _VarUInt((1 << 63) - 1)),
+    "icc" / c.If(c.this.flags.icc, _blob("ICC profile", MAX_ICC)),
+    "exif" / c.If(c.this.flags.exif, _blob("EXIF", MAX_EXIF)),
+)  # fmt: skip
+SECTION = c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Byte)
+SLICE = c.Struct("anchor" / SECTION, "non_anchor" / SECTION, "check" / c.Int16ub)
+SECTIONS = c.Struct(
+    "hyper" / SECTION,
+    "slices" / c.PrefixedArray(
+        _Checked(c.Byte, f"a file must have 1 to {MAX_SLICES} slices", lambda v: 1 <= v <= MAX_SLICES), SLICE
+    ),
+)  # fmt: skip
+
+
+def pack(stream: Stream) -> bytes:
+    """The file of a complete stream. Raises UsageError for one that is damaged or breaks a cap."""
+    if stream.damage:
+        raise UsageError("a damaged stream cannot be written again as a whole one")
+    payload = [stream.hyper]
+    rows = []
+    for part in stream.slices:
+        if part.non_anchor is None:
+            raise UsageError("a slice without its non-anchor section cannot be written")
+        payload += [part.anchor, part.non_anchor]
+        sections = {"anchor": _seal(part.anchor), "non_anchor": _seal(part.non_anchor)}
+        rows.append({**sections, "check": part.check})
+    table = SECTIONS.build({"hyper": _seal(stream.hyper), "slices": rows})
+    header = _metadata_bytes(stream.header) + table
+    start = PREFIX.build({"signature": SIGNATURE, "version": VERSION, "header_size": len(header)}) + header
+    body = b"".join([start, _crc16(start).to_bytes(2, "big"), *payload])
+    return body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def unpack(data: bytes, *, partial: bool = False) -> Stream:
+    """Read exactly one file: nothing may be wrong, nothing may follow.
+
+    partial: of a truncated or damaged file return the leading run of intact sections, and say so in `damage`;
+    the last slice may then come without its non-anchor section. Header and hyper-latent must be intact.
+    Raises BitstreamError, with the byte offset.
+    """
+    layout = _layout(data)
+    if len(data) > layout.size:
+        raise BitstreamError(f"{len(data) - layout.size} bytes follow the end of the file", layout.size)
+    intact, damage = _intact(data, layout)
+    if damage and not (partial and intact):
+        raise BitstreamError(damage.reason, damage.offset)
+    slices = tuple(
+        Slice(intact[i], intact[i + 1] if i + 1 < len(intact) else None, layout.checks[i // 2])
+        for i in range(1, len(intact), 2)
+    )
+    return Stream(layout.header, intact[0], slices, damage)
+
+
+def unpack_header(data: bytes) -> Header:
+    """The header alone; the payload need not be there. Raises BitstreamError."""
+    return _layout(data).header
+
+
+def split(data: bytes) -> Iterator[bytes]:
+    """Cut concatenated files apart by their headers, nothing decoded; a truncated last one comes as it is.
+
+    Raises BitstreamError at the first file whose header is damaged: what follows cannot be found.
+    """
+    view = memoryview(data)
+    start = 0
+    while start < len(data):
+        try:
+            size = _layout(view[start:]).size
+        except BitstreamError as error:
+            sentence = f"in the file starting at byte {start}: {error.message}"
+            raise BitstreamError(sentence, start + (error.offset or 0)) from error
+        yield bytes(view[start : start + size])
+        start += size
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """What `mvcodec info` prints, from the header alone: JSON-ready fields and the size of every section."""
+    layout = _layout(data)
+    header = layout.header
+    payload = sum(s.stop - s.start for s in layout.sections)
+    return {
+        "version": VERSION,
+        "model_id": header.model_id.hex(),
+        "profile": header.profile,
+        "quality": header.quality,
+        "width": header.width,
+        "height": header.height,
+        "colour": header.colour,
+        "depth": header.depth,
+        "camera_id": header.camera_id,
+        "frame": header.frame,
+        "timestamp_us": header.timestamp_us,
+        "icc_bytes": len(header.icc),
+        "exif_bytes": len(header.exif),
+        "slices": len(layout.checks),
+        "file_bytes": layout.size,
+        "payload_bytes": payload,
+        "overhead_bytes": layout.size - payload,
+        "bpp": round(8 * layout.size / (header.width * header.height), 6),
+        "truncated": len(data) < layout.size,
+        "sections": [{"name": s.name, "offset": s.start, "bytes": s.stop - s.start} for s in layout.sections],
+    }
+
+
+def integer_check(integers: bytes) -> int:
+    """16-bit check of a slice's decoded integers: CRC-16 of them as little-endian int16."""
+    return _crc16(integers)
+
+
+def _layout(data: bytes | memoryview) -> _Layout:
+    """Read prefix and header. Looks at no byte behind the header's CRC."""
+    head = bytes(data[:16])
+    _check_signature(head)
+    version = head[8:9]
+    if version and version[0] != VERSION:
+        raise BitstreamError(f"format version {version[0]}, but this mvcodec reads version {VERSION}", 8)
+    stream = io.BytesIO(head)
+    header_size = _parse(PREFIX, stream, "signature").header_size
+    start = stream.tell()
+    stop = start + header_size
+    if len(data) < stop + 2:
+        raise BitstreamError(f"truncated inside the header, which ends at byte {stop + 2}", len(data))
+    head = bytes(data[: stop + 2])
+    if _crc16(head[:stop]) != int.from_bytes(head[stop:], "big"):
+        raise BitstreamError("header CRC mismatch: the header is corrupt", stop)
+    stream = io.BytesIO(head[:stop])
+    stream.seek(start)
+    meta = _parse(METADATA, stream, "header")
+    table = _parse(SECTIONS, stream, "section table")
+    if stream.tell() != stop:
+        raise BitstreamError(f"{stop - stream.tell()} bytes of the header have no meaning", stream.tell())
+
+    sections, at = [], stop + 2
+    rows = [("hyper", table.hyper)]
+    for i, row in enumerate(table.slices):
+        rows += [(f"slice {i} anchor", row.anchor), (f"slice {i} non-anchor", row.non_anchor)]
+    for name, row in rows:
+        sections.append(_Section(name, at, at + row.size, row.crc))
+        at += row.size
+    checks = tuple(row.check for row in table.slices)
+    return _Layout(_header(meta), stop + 2, tuple(sections), checks, at + 4)
+
+
+def _intact(data: bytes, layout: _Layout) -> tuple[list[bytes], Damage | None]:
+    """The leading run of intact sections, and what is wrong if anything is."""
+    intact: list[bytes] = []
+    for i, section in enumerate(layout.sections):
+        missing = tuple(s.name for s in layout.sections[i:])
+        if len(data) < section.stop:
+            reason = f"truncated inside {section.name}, the file has {layout.size} bytes when whole"
+            return intact, Damage(reason, len(data), missing)
+        raw = bytes(data[section.start : section.stop])
+        if _crc8(raw) != section.crc:
+            return intact, Damage(f"CRC mismatch in {section.name}: corrupt", section.start, missing)
+        intact.append(raw)
+    end = layout.size - 4
+    if len(data) < layout.size:
+        return intact, Damage("truncated inside the file CRC", len(data), ())
+    if zlib.crc32(data[:end]) != int.from_bytes(data[end:], "big"):
+        return intact, Damage("file CRC mismatch, though no single section is found corrupt", end, ())
+    return intact, None
+
+
+def _check_signature(head: bytes) -> None:
+    if head[:8] == SIGNATURE:
+        return
+    if not head:
+        raise BitstreamError("the file is empty", 0)
+    if SIGNATURE.startswith(head):
+        raise BitstreamError("truncated inside the signature", len(head))
+    if head[1:4] == b"PHV":
+        raise BitstreamError(
+            "damaged like a text file (newlines or 8th bit changed); transfer it as binary", 0
+        )
+    raise BitstreamError("not a .phv file: the signature is missing", 0)
+
+
+def _parse(grammar: Any, stream: io.BytesIO, what: str) -> Any:
+    try:
+        return grammar.parse_stream(stream)
+    except c.ConstructError as error:  # each rule raises BitstreamError itself: only the end is left
+        raise BitstreamError(f"the {what} ends too early", stream.tell()) from error
+
+
+def _header(meta: Any) -> Header:
+    return Header(
+        model_id=meta.model_id,
+        profile=PROFILES[meta.profile],
+        quality=meta.quality / 100,
+        width=meta.size[0],
+        height=meta.size[1],
+        colour="grey" if meta.flags.grey else "rgb",
+        depth=16 if meta.flags.depth_16 else 8,
+        camera_id=meta.camera_id.decode(),
+        frame=meta.frame,
+        timestamp_us=meta.timestamp_us,
+        icc=meta.icc or b"",
+        exif=meta.exif or b"",
+    )
+
+
+def _metadata_bytes(header: Header) -> bytes:
+    if header.colour not in ("rgb", "grey") or header.depth not in (8, 16):
+        raise UsageError(
+            f"colour {header.colour!r} with {header.depth} bits is none of rgb, grey with 8 or 16"
+        )
+    flags = {
+        "grey": header.colour == "grey",
+        "depth_16": header.depth == 16,
+        "frame": header.frame is not None,
+        "timestamp": header.timestamp_us is not None,
+        "icc": bool(header.icc),
+        "exif": bool(header.exif),
+    }
+    fields = {
+        "model_id": header.model_id,
+        "profile": PROFILES.index(header.profile) if header.profile in PROFILES else len(PROFILES),
+        "quality": round(header.quality * 100),
+        "flags": flags,
+        "size": (header.width, header.height),
+        "camera_id": header.camera_id.encode("utf-8", "surrogatepass"),  # then refused by the rule
+        "frame": header.frame,
+        "timestamp_us": header.timestamp_us,
+        "icc": header.icc,
+        "exif": header.exif,
+    }
+    built: bytes = METADATA.build(fields)
+    return built
+
+
+def _seal(section: bytes) -> dict[str, int]:
+    return {"size": len(section), "crc": _crc8(section)}
+
+
+def _crc8_table() -> bytes:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value << 1) ^ (0x107 if value & 128 else 0)
+        table.append(value)
+    return bytes(table)
+
+
+_CRC8 = _crc8_table()
+
+
+def _crc8(data: bytes) -> int:
+    """CRC-8/SMBUS: x^8 + x^2 + x + 1, start 0. One byte a section; "123456789" gives 0xF4."""
+    crc = 0
+    for byte in data:
+        crc = _CRC8[crc ^ byte]
+    return crc
+
+
+def _crc16(data: bytes) -> int:
+    """CRC-16/IBM-3740: x^16 + x^12 + x^5 + 1, start 0xFFFF. "123456789" gives 0x29B1."""
+    return binascii.crc_hqx(data, 0xFFFF)
