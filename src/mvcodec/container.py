@@ -11,7 +11,6 @@ decoding. Imports neither torch nor numpy: `mvcodec info` is instant.
 
 from __future__ import annotations
 
-import binascii
 import io
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 import construct as c
 
+from mvcodec.checksums import crc8, crc16
 from mvcodec.errors import BitstreamError, UsageError
 
 SIGNATURE = b"\x89PHV\r\n\x1a\n"  # as PNG's: not text, and any newline conversion or 7-bit channel breaks it
@@ -229,7 +229,7 @@ def pack(stream: Stream) -> bytes:
     table = SECTIONS.build({"hyper": _seal(stream.hyper), "slices": rows})
     header = _metadata_bytes(stream.header) + table
     start = PREFIX.build({"signature": SIGNATURE, "version": VERSION, "header_size": len(header)}) + header
-    body = b"".join([start, _crc16(start).to_bytes(2, "big"), *payload])
+    body = b"".join([start, crc16(start).to_bytes(2, "big"), *payload])
     return body + zlib.crc32(body).to_bytes(4, "big")
 
 
@@ -305,8 +305,8 @@ def describe(data: bytes) -> dict[str, Any]:
 
 
 def integer_check(integers: bytes) -> int:
-    """16-bit check of a slice's decoded integers: CRC-16 of them as little-endian int16."""
-    return _crc16(integers)
+    """16-bit check of a slice's decoded integers: CRC-16 of 64 y_hat, int32 little-endian, [C, h, w]."""
+    return crc16(integers)
 
 
 def _layout(data: bytes | memoryview) -> _Layout:
@@ -323,7 +323,7 @@ def _layout(data: bytes | memoryview) -> _Layout:
     if len(data) < stop + 2:
         raise BitstreamError(f"truncated inside the header, which ends at byte {stop + 2}", len(data))
     head = bytes(data[: stop + 2])
-    if _crc16(head[:stop]) != int.from_bytes(head[stop:], "big"):
+    if crc16(head[:stop]) != int.from_bytes(head[stop:], "big"):
         raise BitstreamError("header CRC mismatch: the header is corrupt", stop)
     stream = io.BytesIO(head[:stop])
     stream.seek(start)
@@ -352,7 +352,7 @@ def _intact(data: bytes, layout: _Layout) -> tuple[list[bytes], Damage | None]:
             reason = f"truncated inside {section.name}, the file has {layout.size} bytes when whole"
             return intact, Damage(reason, len(data), missing)
         raw = bytes(data[section.start : section.stop])
-        if _crc8(raw) != section.crc:
+        if crc8(raw) != section.crc:
             return intact, Damage(f"CRC mismatch in {section.name}: corrupt", section.start, missing)
         intact.append(raw)
     end = layout.size - 4
@@ -431,29 +431,4 @@ def _metadata_bytes(header: Header) -> bytes:
 
 
 def _seal(section: bytes) -> dict[str, int]:
-    return {"size": len(section), "crc": _crc8(section)}
-
-
-def _crc8_table() -> bytes:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value << 1) ^ (0x107 if value & 128 else 0)
-        table.append(value)
-    return bytes(table)
-
-
-_CRC8 = _crc8_table()
-
-
-def _crc8(data: bytes) -> int:
-    """CRC-8/SMBUS: x^8 + x^2 + x + 1, start 0. One byte a section; "123456789" gives 0xF4."""
-    crc = 0
-    for byte in data:
-        crc = _CRC8[crc ^ byte]
-    return crc
-
-
-def _crc16(data: bytes) -> int:
-    """CRC-16/IBM-3740: x^16 + x^12 + x^5 + 1, start 0xFFFF. "123456789" gives 0x29B1."""
-    return binascii.crc_hqx(data, 0xFFFF)
+    return {"size": len(section), "crc": crc8(section)}
