@@ -1,0 +1,142 @@
+"""The Python interface: arrays or files in, bytes out, and back. The command line calls the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mvcodec import codec, images, latents, weights
+from mvcodec.codec import DecodedView
+from mvcodec.container import Header, Stream, unpack
+from mvcodec.errors import ModelError, MvcodecError, UsageError
+from mvcodec.frames import name_of
+from mvcodec.images import Image
+from mvcodec.weights import Model
+
+Picture = Image | NDArray[np.uint8] | NDArray[np.uint16] | str | os.PathLike[str]
+File = Stream | bytes | str | os.PathLike[str]
+Weights = Model | str | os.PathLike[str] | None
+
+
+def encode(
+    picture: Picture,
+    *,
+    quality: float = 50.0,
+    camera_id: str | None = None,
+    frame: int | None = None,
+    timestamp_us: int | None = None,
+    alpha: Literal["refuse", "drop", "white", "black"] = "refuse",
+    max_pixels: int = images.MAX_PIXELS,
+    model: Weights = None,
+    device: str = "auto",
+) -> bytes:
+    """One camera's picture -> the bytes of its .phv file.
+
+    picture: a file, an `Image`, or an array [H, W, 3] (RGB) or [H, W] (grey), uint8 or uint16, full range.
+    quality: 0 .. 100, larger is better and costs more bytes.
+    camera_id, frame, timestamp_us: where and when. Of a file, what is not given is taken from its name, as
+        `mvcodec.frames.name_of` reads it; an array has none.
+    alpha, max_pixels: see `mvcodec.images.read`; for files only.
+    """
+    if isinstance(picture, str | os.PathLike):
+        name = name_of(Path(picture))
+        camera_id = name.camera_id if camera_id is None else camera_id
+        frame = name.frame if frame is None else frame
+        picture = images.read(picture, alpha=alpha, max_pixels=max_pixels)
+    image = picture if isinstance(picture, Image) else Image(picture)
+    return codec.encode_image(
+        load_model(model, device),
+        image,
+        quality,
+        camera_id=camera_id or "",
+        frame=frame,
+        timestamp_us=timestamp_us,
+    )
+
+
+def decode(file: File, *, partial: bool = False, model: Weights = None, device: str = "auto") -> DecodedView:
+    """One .phv file (its bytes or its path) -> its picture, without other views."""
+    return decode_set([file], partial=partial, model=model, device=device)[0]
+
+
+def decode_set(
+    files: Sequence[File],
+    *,
+    joint: bool = True,
+    partial: bool = False,
+    model: Weights = None,
+    device: str = "auto",
+) -> list[DecodedView]:
+    """The .phv files of one instant, in any order -> their pictures, sorted by camera id.
+
+    joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
+    model: None finds the weights that the files name.
+    """
+    streams = [_stream(file, partial) for file in files]
+    if not streams:
+        raise UsageError("there are no files to decode")
+    return codec.decode_set(model_for(streams[0].header, model, device), streams, joint=joint)
+
+
+def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:
+    """Decode a stream as far as its integers; DesyncError where they are not those that were encoded."""
+    with torch.inference_mode():
+        latents.decode_latents(model_for(stream.header, model, device), stream)
+
+
+def load_model(model: Weights = None, device: str = "auto") -> Model:
+    """Weights by name or path (default: the ones the package recommends), loaded once per device."""
+    if isinstance(model, Model):
+        return model
+    return _loaded(weights.DEFAULT_MODEL if model is None else os.fspath(model), resolve_device(device))
+
+
+def model_for(header: Header, model: Weights = None, device: str = "auto") -> Model:
+    """The weights a file was written with: those given, or those available that bear its model id."""
+    if model is None:
+        model = _name_of_id(header.model_id, header.profile)
+    loaded = load_model(model, device)
+    codec.check_model(loaded, header)
+    return loaded
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:1 -> a device that is there; asking for an absent one is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MvcodecError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@lru_cache(maxsize=4)
+def _loaded(name: str, device: torch.device) -> Model:
+    return weights.load_model(name, device)
+
+
+@lru_cache(maxsize=16)
+def _name_of_id(model_id: bytes, profile: str) -> str:
+    """The available model of this id, looking first where the profile's name points."""
+    paths = sorted(weights.available_models(), key=lambda path: not path.stem.startswith(profile))
+    for path in paths:
+        tensors, config, _ = weights.read_model_file(path)
+        if weights.entropy_id(tensors, config) == model_id:
+            return str(path)
+    known = ", ".join(path.stem for path in paths) or "none"
+    raise ModelError(
+        f"was written with the {profile} model {model_id.hex()}, which is not here (available: {known})"
+    )
+
+
+def _stream(file: File, partial: bool) -> Stream:
+    if isinstance(file, Stream):
+        return file
+    return unpack(file if isinstance(file, bytes) else Path(file).read_bytes(), partial=partial)

@@ -1,0 +1,79 @@
+"""The `mvcodec` command: one thin file per subcommand, each imported only when it is called.
+
+    encode   pictures -> .phv, each camera alone          info     what a .phv says about itself (instant)
+    decode   .phv of any number of cameras -> pictures    verify   is a .phv intact? (instant; --deep decodes)
+    bench    time per stage                               train    new weights from folders of scenes
+    demo     the example scene, end to end                models   the weights at hand
+
+Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model missing or mismatched,
+6 a batch finished with failures, 7 desynchronised, 130 interrupted. Every error is one line on stderr,
+`mvcodec: FILE: sentence`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from mvcodec import __version__
+from mvcodec.errors import INTERRUPTED_EXIT_CODE, MvcodecError, UsageError
+
+COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "demo", "models")
+
+
+class LazyGroup(click.Group):
+    """A command `name` is the attribute `name` of the module `mvcodec.cli.name`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"mvcodec.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="mvcodec", message="%(prog)s %(version)s")
+@click.pass_context
+def group(ctx: click.Context) -> None:
+    """Learned multi-view image codec.
+
+    Every camera encodes alone into its own .phv file; the receiver decodes any number of them together, and
+    the views of one place help each other.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit with the code of whatever went wrong."""
+    try:
+        code = group.main(args, prog_name="mvcodec", standalone_mode=False)
+    except click.ClickException as error:
+        code = complain(error.format_message(), UsageError.exit_code)
+    except click.Abort:
+        code = complain("interrupted", INTERRUPTED_EXIT_CODE)
+    except MvcodecError as error:
+        code = complain(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left; Python would complain about it once more at exit
+        code = MvcodecError.exit_code
+    except OSError as error:
+        code = complain(f"{error.filename}: {error.strerror}", MvcodecError.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def complain(sentence: str, exit_code: int) -> int:
+    """One line on stderr, whatever the message was made of."""
+    click.echo(f"mvcodec: {' '.join(sentence.split())}", err=True)
+    return exit_code

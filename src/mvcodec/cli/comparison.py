@@ -1,0 +1,75 @@
+"""One picture that shows what the demo did: crops of every view, four ways."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image as pil
+from PIL import ImageDraw
+
+from mvcodec.images import Image
+
+TILE = 320  # pixels, shown at 100 %
+CAPTION = 16
+
+
+def compare(
+    originals: Mapping[str, Image],
+    files: Mapping[str, bytes],
+    alone: Mapping[str, Image],
+    joint: Mapping[str, Image],
+) -> Image:
+    """A row per view: original, JPEG of as many bytes, decoded alone, decoded jointly; the middle of each."""
+    rows = []
+    for camera, original in originals.items():
+        jpeg = jpeg_within(original, len(files[camera]))
+        tiles = [
+            (f"{camera}: original", original),
+            (f"JPEG, {len(jpeg)} bytes", _decoded(jpeg)),
+            (f"mvcodec alone, {len(files[camera])} bytes", alone[camera]),
+            ("mvcodec joint, the same bytes", joint[camera]),
+        ]
+        rows.append(np.hstack([_tile(caption, image) for caption, image in tiles]))
+    return Image(np.vstack(rows))
+
+
+def jpeg_within(image: Image, budget_bytes: int) -> bytes:
+    """Pillow JPEG (4:4:4, optimised) of the best quality within the budget, or of the lowest there is."""
+    low, high = 1, 96
+    best = _jpeg(image, low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        data = _jpeg(image, middle)
+        if len(data) <= budget_bytes:
+            low, best = middle, data
+        else:
+            high = middle
+    return best
+
+
+def _jpeg(image: Image, quality: int) -> bytes:
+    stream = io.BytesIO()
+    _eight_bit(image).save(stream, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return stream.getvalue()
+
+
+def _decoded(data: bytes) -> Image:
+    return Image(np.asarray(pil.open(io.BytesIO(data))))
+
+
+def _eight_bit(image: Image) -> pil.Image:
+    return pil.fromarray((image.pixels >> (image.depth - 8)).astype(np.uint8))
+
+
+def _tile(caption: str, image: Image) -> np.ndarray:
+    """The middle TILE x TILE pixels under a line of text, [TILE + CAPTION, TILE, 3] uint8."""
+    picture = _eight_bit(image).convert("RGB")
+    left, top = max(0, (image.width - TILE) // 2), max(0, (image.height - TILE) // 2)
+    tile = pil.new("RGB", (TILE, TILE + CAPTION), "white")
+    tile.paste(
+        picture.crop((left, top, min(image.width, left + TILE), min(image.height, top + TILE))), (0, CAPTION)
+    )
+    ImageDraw.Draw(tile).text((4, 2), caption, fill="black")
+    return np.asarray(tile)

@@ -1,0 +1,211 @@
+"""`mvcodec decode`: .phv files of any number of cameras -> pictures, instant by instant."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mvcodec import container
+from mvcodec.cli.report import Report, reporting, running
+from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
+from mvcodec.errors import MvcodecError, UsageError
+from mvcodec.frames import STREAM_SUFFIX, Instant, Source, instants, safe_path
+
+if TYPE_CHECKING:
+    from mvcodec.codec import DecodedView
+
+FORMATS = ("png", "tif", "ppm", "bmp", "jpg", "webp")
+
+
+@dataclass(frozen=True)
+class Received:
+    """One .phv as it came: `name` for messages, `source` for where its picture goes."""
+
+    name: str
+    source: Source
+    data: bytes
+    header: container.Header
+
+    @property
+    def instant(self) -> Instant:
+        return Instant(self.header.frame, self.header.timestamp_us, self.source.place)
+
+
+@click.command(short_help="Reconstruct pictures from any number of .phv files.")
+@click.argument("inputs", nargs=-1, required=True, metavar="FILE|DIR|-...")
+@placing
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(FORMATS),
+    help="Kind of picture to write. Default: from -o FILE, else png.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="CAM",
+    help="Write this camera alone (repeatable); the others still help.",
+)
+@click.option(
+    "--require", type=click.IntRange(min=1), metavar="N", help="Fail an instant with fewer than N views."
+)
+@click.option("--preview", is_flag=True, help="Decode each view alone: faster, without help from the others.")
+@click.option("--partial", is_flag=True, help="Of a damaged or truncated file decode what is intact.")
+@click.option(
+    "--window-us",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Views without frame number belong together if their timestamps differ by at most this.",
+)
+@running
+@reporting
+def decode(
+    report: Report,
+    inputs: tuple[str, ...],
+    output: str | None,
+    force: bool,
+    skip_existing: bool,
+    kind: str | None,
+    only: tuple[str, ...],
+    require: int | None,
+    preview: bool,
+    partial: bool,
+    window_us: int,
+    model: str | None,
+    device: str,
+) -> None:
+    """Reconstruct pictures from any number of .phv files.
+
+    Views of one instant (same frame number, else same time, else one folder) are decoded together and improve
+    each other. What is missing is told and the rest decoded. Concatenated files may come through stdin:
+
+        cat *.phv | mvcodec decode - -o out/
+    """
+    targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
+    targets.check_stdout(report.as_json)
+    views: list[Received] = []
+    for source in sources(inputs, frozenset({STREAM_SUFFIX})):
+        views += receive(report, source)
+    wanted = [view for view in views if not only or view.header.camera_id in only]
+    if views and not wanted:
+        cameras = ", ".join(sorted({view.header.camera_id for view in views}))
+        raise UsageError(f"--only {' '.join(only)}: no such camera; there are {cameras}")
+    suffix = f".{kind}" if kind else targets.suffix(".png")
+    paths = targets.plan([(view.source, suffix) for view in wanted])
+    places = {id(view): path for view, path in zip(wanted, paths, strict=True)}
+
+    groups = instants(views, lambda view: view.instant, window_us)
+    everyone = {view.header.camera_id for view in views}
+    for instant, members in report.progress(groups, "decode"):
+        todo = [view for view in members if id(view) in places and not targets.skips(places[id(view)])]
+        if not todo:
+            report.detail(f"{instant}: nothing to do")
+            continue
+        name = todo[0].name if len(members) == 1 else str(instant)
+        absent = everyone - {view.header.camera_id for view in members}
+        if absent and instant != Instant(place=instant.place):
+            report.note(f"{instant}: without {', '.join(sorted(absent))}")
+        with report.file(name):
+            started = time.perf_counter()
+            decoded = _decode(report, members, require, preview, partial, model, device)
+            seconds = time.perf_counter() - started
+            for view in todo:
+                if id(view) in decoded:
+                    with report.file(view.name):
+                        _deliver(report, targets, view, decoded[id(view)], places[id(view)], suffix, seconds)
+    report.finish()
+
+
+def receive(report: Report, source: Source) -> list[Received]:
+    """The files in one input: one alone keeps its name, concatenated ones are named by camera and time."""
+    name = label(source.path)
+    parts: list[tuple[bytes, container.Header]] = []
+    with report.file(name):  # what stands before the damage is good
+        parts.extend((part, container.unpack_header(part)) for part in streams_in(source))
+    received = []
+    for number, (part, header) in enumerate(parts):
+        if len(parts) == 1 and source.path != STDIN:
+            received.append(Received(name, source, part, header))
+        else:
+            path = safe_path(header.camera_id, header.frame, header.timestamp_us)
+            # The ending is there to be replaced, as that of a file would be: a camera id may contain a dot.
+            inside = Source(source.path.with_name(f"{path}.phv"), Path(f"{path}.phv"), source.place)
+            received.append(Received(f"{name}[{number}]", inside, part, header))
+    return received
+
+
+def _decode(
+    report: Report,
+    members: Sequence[Received],
+    require: int | None,
+    preview: bool,
+    partial: bool,
+    model: str | None,
+    device: str,
+) -> dict[int, DecodedView]:
+    """Decode what is intact of one instant -> id of the received file: its picture."""
+    _refuse_twins(members)
+    intact: list[tuple[Received, container.Stream]] = []
+    for view in members:
+        with report.file(view.name):
+            intact.append((view, container.unpack(view.data, partial=partial)))
+    if require and len(intact) < require:
+        raise MvcodecError(f"{len(intact)} views, {require} are required")
+    if not intact:
+        return {}
+
+    from mvcodec import api
+
+    streams = [stream for _, stream in intact]
+    decoded = api.decode_set(streams, joint=not preview, model=model, device=device)
+    owner = {id(stream.header): id(view) for view, stream in intact}
+    return {owner[id(view.header)]: view for view in decoded}
+
+
+def _refuse_twins(members: Sequence[Received]) -> None:
+    names: dict[str, str] = {}
+    for view in members:
+        camera = view.header.camera_id
+        if camera and camera in names:
+            raise UsageError(
+                f"camera {camera} is there twice, {names[camera]} and {view.name}; decode them one by one"
+            )
+        names[camera] = view.name
+
+
+def _deliver(
+    report: Report,
+    targets: Targets,
+    view: Received,
+    decoded: DecodedView,
+    path: Path,
+    suffix: str,
+    seconds: float,
+) -> None:
+    from mvcodec import images
+
+    targets.write(path, images.to_bytes(decoded.image, suffix))
+    header = decoded.header
+    damage = None if decoded.damage is None else decoded.damage.reason
+    record = {
+        "file": view.name,
+        "output": label(path),
+        "camera_id": header.camera_id,
+        "frame": header.frame,
+        "timestamp_us": header.timestamp_us,
+        "width": header.width,
+        "height": header.height,
+        "peers": list(decoded.peers),
+        "damage": damage,
+        "seconds": round(seconds, 3),
+    }
+    helped = f", with {', '.join(decoded.peers)}" if decoded.peers else ", alone"
+    if damage:
+        report.note(f"{view.name}: {damage}; decoded what is intact")
+    report.result(record, f"{view.name} -> {label(path)}: {header.width} x {header.height}{helped}", err=True)

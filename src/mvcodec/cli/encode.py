@@ -1,0 +1,154 @@
+"""`mvcodec encode`: pictures -> .phv files, each on its own."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from mvcodec.cli.report import Report, reporting, running, size_in_bytes
+from mvcodec.cli.targets import STDIN, Targets, label, placing, read, sources
+from mvcodec.errors import UsageError
+from mvcodec.frames import AUTO, PICTURE_SUFFIXES, STREAM_SUFFIX, Source, ViewName, name_of
+
+if TYPE_CHECKING:
+    from mvcodec.images import Alpha
+
+
+@click.command(short_help="Compress pictures, each alone, into .phv files.")
+@click.argument("inputs", nargs=-1, required=True, metavar="PICTURE|DIR|-...")
+@click.option(
+    "-q",
+    "--quality",
+    type=click.FloatRange(0, 100),
+    default=50.0,
+    show_default=True,
+    help="0 to 100; larger is better and takes more bytes.",
+)
+@click.option(
+    "--target-bpp",
+    type=click.FloatRange(0, min_open=True),
+    help="Instead of -q: the best quality at or under so many bits per pixel.",
+)
+@click.option(
+    "--target-size",
+    metavar="BYTES",
+    callback=size_in_bytes,
+    help="Instead of -q: the best quality at or under so many bytes (50000, 50k, 1.5M).",
+)
+@placing
+@click.option("--camera-id", help="Camera named in the file. Default: from the picture's name or folder.")
+@click.option("--frame", type=click.IntRange(min=0), help="Frame number. Default: from the name.")
+@click.option(
+    "--timestamp-us", type=click.IntRange(min=0), help="Time in microseconds. Default: from the name."
+)
+@click.option(
+    "--names",
+    default=AUTO,
+    show_default=True,
+    metavar="PATTERN",
+    help='How names are read: auto knows "C1/0007.png" and "cam3_0007.png"; else such as "{camera}/{frame}".',
+)
+@click.option(
+    "--alpha",
+    type=click.Choice(["refuse", "drop", "white", "black"]),
+    default="refuse",
+    show_default=True,
+    help="An alpha channel is not coded: drop it, or put the picture on white or black.",
+)
+@click.option("--strip", is_flag=True, help="Leave out EXIF data and colour profile.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    help="Refuse larger pictures before anything is allocated. Default: 134217728.",
+)
+@running
+@reporting
+def encode(
+    report: Report,
+    inputs: tuple[str, ...],
+    quality: float,
+    target_bpp: float | None,
+    target_size: int | None,
+    output: str | None,
+    force: bool,
+    skip_existing: bool,
+    camera_id: str | None,
+    frame: int | None,
+    timestamp_us: int | None,
+    names: str,
+    alpha: Alpha,
+    strip: bool,
+    max_pixels: int | None,
+    model: str | None,
+    device: str,
+) -> None:
+    """Compress pictures, each alone, into .phv files.
+
+    A folder stands for all pictures in it. Several pictures are one batch: a bad one is reported, the rest is
+    done, and the exit code is 6.
+    """
+    if target_bpp is not None and target_size is not None:
+        raise UsageError("--target-bpp and --target-size exclude each other")
+    given = sources(inputs, PICTURE_SUFFIXES)
+    if len(given) > 1 and (frame is not None or timestamp_us is not None):
+        raise UsageError(
+            "--frame and --timestamp-us are for one picture; let --names read them from the names"
+        )
+    views = [_view(source, names, camera_id, frame, timestamp_us) for source in given]
+    targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
+    targets.check_stdout(report.as_json)
+    paths = targets.plan([(source, STREAM_SUFFIX) for source in given])
+
+    from mvcodec import api, codec, images
+    from mvcodec.rate_control import encode_within
+
+    weights = api.load_model(model, device)
+    report.detail(f"model {weights.name} {weights.id.hex()} on {weights.device}")
+    for source, view, path in report.progress(list(zip(given, views, paths, strict=True)), "encode"):
+        name = label(source.path)
+        if targets.skips(path):
+            report.note(f"{name}: {path} exists, skipped")
+            continue
+        with report.file(name):
+            started = time.perf_counter()
+            image = images.read(read(source), alpha=alpha, max_pixels=max_pixels or images.MAX_PIXELS)
+            if strip:
+                image = image.without_metadata()
+            pixels = image.width * image.height
+            budget = int(target_bpp * pixels / 8) if target_bpp is not None else target_size
+
+            def at(quality: float, image: images.Image = image, view: ViewName = view) -> bytes:
+                return codec.encode_image(weights, image, quality, **view._asdict())
+
+            data, used = (at(quality), quality) if budget is None else encode_within(at, budget)
+            targets.write(path, data)
+            seconds = time.perf_counter() - started
+            record = {
+                "file": name,
+                "output": label(path),
+                "bytes": len(data),
+                "bpp": round(8 * len(data) / pixels, 6),
+                "width": image.width,
+                "height": image.height,
+                "quality": used,
+                **view._asdict(),
+                "model_id": weights.id.hex(),
+                "seconds": round(seconds, 3),
+            }
+            text = f"{name} -> {label(path)}: {len(data)} bytes, {record['bpp']:.3f} bpp, quality {used:g}"
+            report.result(record, f"{text}, {seconds:.2f} s", err=True)
+    report.finish()
+
+
+def _view(
+    source: Source, names: str, camera_id: str | None, frame: int | None, timestamp_us: int | None
+) -> ViewName:
+    """Which camera and when: what the options say, else what the name says."""
+    name = ViewName("") if source.path == STDIN else name_of(source.path.absolute(), names)
+    return ViewName(
+        name.camera_id if camera_id is None else camera_id,
+        name.frame if frame is None else frame,
+        name.timestamp_us if timestamp_us is None else timestamp_us,
+    )

@@ -1,0 +1,127 @@
+"""What the commands share: options, results on stdout, the rest on stderr, and going on after a bad file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from mvcodec.cli import complain
+from mvcodec.errors import BatchError, MvcodecError, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+class Report:
+    """Where a command's words go. With --json each result is one object on one line of stdout."""
+
+    def __init__(self, *, as_json: bool, verbose: bool, quiet: bool) -> None:
+        self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
+        self.failures: list[int] = []
+        self.successes = 0
+
+    def result(self, record: dict[str, Any], text: str | None = None, *, err: bool = False) -> None:
+        """One finished file: `record` under --json, else `text`; err=True where stdout may carry data."""
+        self.successes += 1
+        if self.as_json:
+            click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
+        elif text is not None and not (err and self.quiet):
+            click.echo(text, err=err)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def detail(self, text: str) -> None:
+        if self.verbose:
+            click.echo(text, err=True)
+
+    @contextmanager
+    def file(self, name: object) -> Iterator[None]:
+        """Inside this block an error concerns one file: it is told, remembered, and the batch goes on."""
+        try:
+            yield
+        except MvcodecError as error:
+            self._fail(name, str(error), error.exit_code)
+        except MemoryError:
+            self._fail(name, "out of memory", MvcodecError.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._fail(error.filename or name, error.strerror or str(error), MvcodecError.exit_code)
+
+    def _fail(self, name: object, sentence: str, exit_code: int) -> None:
+        self.failures.append(complain(f"{name}: {sentence}", exit_code))
+        if self.as_json:
+            click.echo(json.dumps({"file": str(name), "error": sentence, "exit_code": exit_code}))
+
+    def progress(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """`items` with a bar on stderr, where stderr is a terminal and there is something to wait for."""
+        from tqdm import tqdm
+
+        wanted = len(items) > 1 and not self.quiet and sys.stderr.isatty()
+        yield from tqdm(items, desc=what, disable=not wanted, file=sys.stderr)
+
+    def finish(self) -> None:
+        """Exit with the one failure's own code, or 6 where others succeeded or failed too."""
+        if not self.failures:
+            return
+        alone = len(self.failures) == 1 and self.successes == 0
+        raise click.exceptions.Exit(self.failures[0] if alone else BatchError.exit_code)
+
+
+def reporting(command: F) -> F:
+    """Adds --json, -v and --quiet; the command receives them as its first argument, a Report."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per file on stdout.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+    @click.option("--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, as_json: bool, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
+        return command(Report(as_json=as_json, verbose=verbose, quiet=quiet), *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def running(command: F) -> F:
+    """Adds --model and --device."""
+    command = click.option(
+        "--model", metavar="NAME|FILE", help="Weights: a name from `mvcodec models` or a .safetensors file."
+    )(command)
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:i]",
+        callback=_check_device,
+        help="Where to compute; the bits never depend on it. CUDA that is asked for but absent is an error.",
+    )(command)
+
+
+def _check_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    kind, _, index = value.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise UsageError(f"--device {value}: use auto, cpu, cuda or cuda:0, cuda:1, ...")
+    return value
+
+
+def size_in_bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Bytes from 50000, 50k or 1.5M (powers of 1000)."""
+    if value is None:
+        return None
+    number, factor = (
+        (value[:-1], {"k": 1e3, "m": 1e6}[value[-1].lower()]) if value[-1:] in "kKmM" else (value, 1)
+    )
+    try:
+        size = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"--target-size {value}: use a number of bytes such as 50000, 50k or 1.5M")
+    return size

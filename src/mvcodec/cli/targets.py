@@ -1,0 +1,127 @@
+"""Where output goes: beside the input, into a file, into a folder that mirrors the input, or to stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mvcodec import container
+from mvcodec.errors import UsageError
+from mvcodec.files import atomic
+from mvcodec.frames import Source, find
+
+STDIN = Path("-")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def placing(command: F) -> F:
+    """Adds -o, -f and --skip-existing."""
+    for option in (
+        click.option("--skip-existing", is_flag=True, help="Leave outputs that exist as they are."),
+        click.option("-f", "--force", is_flag=True, help="Overwrite outputs that exist."),
+        click.option(
+            "-o",
+            "--output",
+            metavar="FILE|DIR|-",
+            help="File (one input), folder (mirrors the input's names) or stdout. Default: beside it.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sources(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Source]:
+    """The input files; "-" alone is stdin."""
+    if "-" in inputs:
+        if len(inputs) > 1:
+            raise UsageError("-: stdin cannot be mixed with other inputs")
+        return [Source(STDIN, Path("view"))]
+    return find(inputs, suffixes)
+
+
+def read(source: Source) -> bytes:
+    if source.path == STDIN:
+        return sys.stdin.buffer.read()
+    return source.path.read_bytes()
+
+
+def streams_in(source: Source) -> Iterator[bytes]:
+    """The .phv files in one input, concatenated ones cut apart; BitstreamError where none begins."""
+    data = read(source)
+    container.unpack_header(data)  # says plainly what is wrong with a file that does not even begin well
+    yield from container.split(data)
+
+
+class Targets:
+    """The decision about every output, made before any work is done."""
+
+    def __init__(
+        self, output: str | None, inputs: Sequence[str], *, force: bool, skip_existing: bool
+    ) -> None:
+        self.force, self.skip_existing = force, skip_existing
+        self.to_stdout = output == "-" or (output is None and list(inputs) == ["-"])
+        if self.to_stdout and sys.stdout.isatty():
+            raise UsageError("will not write binary data to a terminal; say -o FILE")
+        self.output = None if output is None or self.to_stdout else Path(output)
+        many = len(inputs) > 1 or any(Path(given).is_dir() for given in inputs)
+        self.is_folder = self.output is not None and (
+            many or self.output.is_dir() or str(output).endswith(("/", "\\"))
+        )
+        if self.is_folder and self.output is not None and self.output.is_file():
+            raise UsageError(f"{output}: is a file, but several outputs need a folder")
+
+    def check_stdout(self, as_json: bool) -> None:
+        if self.to_stdout and as_json:
+            raise UsageError("--json and the output would both go to stdout; say -o FILE")
+
+    def plan(self, wanted: Sequence[tuple[Source, str]]) -> list[Path]:
+        """The path of each output, given its source and suffix; UsageError on collisions and overwriting."""
+        if self.to_stdout:
+            return [STDIN] * len(wanted)
+        if self.output is not None and not self.is_folder and len(wanted) > 1:
+            raise UsageError(
+                f"{self.output}: is one file, but there are {len(wanted)} outputs; name a folder"
+            )
+        paths = [self._path(source, suffix) for source, suffix in wanted]
+        seen: dict[Path, Source] = {}
+        for path, (source, _) in zip(paths, wanted, strict=True):
+            if path in seen:
+                raise UsageError(f"{path}: both {seen[path].path} and {source.path} would be written there")
+            seen[path] = source
+            if path.exists() and not (self.force or self.skip_existing):
+                raise UsageError(f"{path}: exists; overwrite with -f or leave it with --skip-existing")
+        return paths
+
+    def _path(self, source: Source, suffix: str) -> Path:
+        if self.output is None:
+            return _ended(source.path, suffix)
+        return self.output / _ended(source.relative, suffix) if self.is_folder else self.output
+
+    def suffix(self, default: str) -> str:
+        """The ending of -o FILE where there is one: it says which kind of file is wanted."""
+        return default if self.output is None or self.is_folder else self.output.suffix or default
+
+    def skips(self, path: Path) -> bool:
+        return self.skip_existing and path != STDIN and path.exists()
+
+    def write(self, path: Path, data: bytes) -> None:
+        if path == STDIN:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            with atomic(path) as file:
+                file.write(data)
+
+
+def _ended(path: Path, suffix: str) -> Path:
+    """The path with its own ending replaced."""
+    return path.with_name(f"{path.stem}{suffix}")
+
+
+def label(path: Path) -> str:
+    """How a path is called in messages and records."""
+    return "-" if path == STDIN else str(path)

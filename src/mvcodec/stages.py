@@ -1,0 +1,93 @@
+"""Times of the codec's stages, taken inside the real encode_image and decode_set.
+
+Stages nest (the coder runs inside Para-EM); each is charged its own time alone, so that they add up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from mvcodec import codec, entropy
+from mvcodec.weights import Model
+
+OTHER = "other"
+MODULES = {"g_a": "g_a", "h_a": "h_a", "h_s": "h_s", "para_em": "Para-EM", "para_jd": "Para-JD"}
+FUNCTIONS = [
+    (codec, "to_tensor", "to tensor"),
+    (codec, "to_image", "to picture"),
+    (codec, "pack", "container"),
+    (codec, "unpack", "parse"),
+    (entropy, "encode", "coder"),
+    (entropy, "decode", "coder"),
+]
+
+
+class Stopwatch:
+    """Seconds per stage of one run, each stage without those inside it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def start(self, stage: str) -> None:
+        self._charge()
+        self._open.append(stage)
+
+    def stop(self) -> None:
+        self._charge()
+        self._open.pop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def _charge(self) -> None:
+        """Give the time since the last event to the innermost open stage."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels run on after their call returns
+        now = time.perf_counter()
+        if self._open:
+            stage = self._open[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+
+@contextmanager
+def watched(model: Model, watch: Stopwatch) -> Iterator[None]:
+    """Inside this block `watch` sees every stage of the codec; what belongs to none is `OTHER`."""
+    with ExitStack() as stack:
+        for attribute, stage in MODULES.items():
+            module = getattr(model.net, attribute)
+
+            def enter(*_: Any, name: str = stage) -> None:
+                watch.start(name)
+
+            def leave(*_: Any) -> None:
+                watch.stop()
+
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        for home, attribute, stage in FUNCTIONS:
+            stack.enter_context(patch.object(home, attribute, _timed(getattr(home, attribute), stage, watch)))
+        stack.enter_context(watch.stage(OTHER))
+        yield
+
+
+def _timed(function: Callable[..., Any], stage: str, watch: Stopwatch) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with watch.stage(stage):
+            return function(*args, **kwargs)
+
+    return call
