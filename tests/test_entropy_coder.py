@@ -83,7 +83,8 @@ def test_carries_run_through_any_number_of_words(point: str) -> None:
             assert spec_reader.decode_section(section, [0] * n, plain(flat), False) == symbols.tolist()
             runs.add(section.count(b"\xff\xff\xff\xff"))
             runs.add(-section.count(b"\0\0\0\0"))
-    assert max(runs) >= 4 and min(runs) <= -4, "carries of four words were open, both ways"
+    assert max(runs) >= 4, "a carry of four words stayed open and did not come"
+    assert min(runs) <= -4, "and one that came"
 
 
 @pytest.mark.parametrize(
@@ -98,10 +99,8 @@ def test_carries_run_through_any_number_of_words(point: str) -> None:
     ],
 )
 def test_exact_bytes(symbols: list[int], golden: str) -> None:
-    assert (
-        encode(np.array(symbols, dtype=np.int32), np.zeros(len(symbols), dtype=np.uint8), NARROW).hex()
-        == golden
-    )
+    values = np.array(symbols, dtype=np.int32)
+    assert encode(values, np.zeros_like(values), NARROW).hex() == golden
 
 
 def test_exact_bytes_of_latents() -> None:
@@ -115,7 +114,7 @@ def test_exact_bytes_of_latents() -> None:
 
 
 def interval(entries: list[tuple[int, int]]) -> tuple[int, int, int]:
-    """Section 6.4 of the specification with integers of any size: low, high, and the exponent of their unit."""
+    """Section 6.4 of the specification, with integers of any size: low, high, exponent of their unit."""
     low, span, exponent = 0, 2**64 - 1, 64
     for left, right in entries:
         scale = span >> 24

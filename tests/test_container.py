@@ -1,0 +1,463 @@
+"""A .phv file is exactly what the specification says, and every damage is refused, located or cut off."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import spec_reader
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mvcodec import container
+from mvcodec.checksums import crc16
+from mvcodec.container import Header, Slice, Stream, describe, pack, split, unpack, unpack_header
+from mvcodec.entropy import SIGMAS, encode, gaussian_tables
+from mvcodec.errors import BitstreamError, UsageError
+
+PLAIN = Header(b"12345678", "fast", 37.5, 1920, 1080, camera_id="cam3")
+FULL = Header(
+    b"\0\1\2\3\4\5\6\xff",
+    "tiny",
+    99.99,
+    1,
+    65535,
+    colour="grey",
+    depth=16,
+    camera_id="Südkurve 北",
+    frame=1995,
+    timestamp_us=1763673600000000,
+    icc=b"icc profile",
+    exif=b"exif block",
+)
+
+
+@cache
+def coded(header: Header = FULL, n_slices: int = 3, symbols: int = 150) -> Stream:
+    """A stream with real entropy-coded sections."""
+    tables, r = gaussian_tables(), np.random.default_rng(7)
+
+    def section() -> bytes:
+        index = r.integers(0, 20, symbols)
+        values = np.where(index == 0, 0, np.rint(r.standard_normal(symbols) * SIGMAS[index])).astype(np.int32)
+        return encode(values, index, tables)
+
+    slices = tuple(Slice(section(), section(), int(r.integers(1 << 16))) for _ in range(n_slices))
+    return Stream(header, section(), slices)
+
+
+def with_header(body: bytes, payload: bytes = b"") -> bytes:
+    """A file whose checks are all right around any header: what a hostile writer sends."""
+    size = b""
+    rest = len(body)
+    while rest >= 128:
+        size += bytes([rest & 127 | 128])
+        rest >>= 7
+    start = container.SIGNATURE + b"\1" + size + bytes([rest]) + body
+    data = start + crc16(start).to_bytes(2, "big") + payload
+    return data + zlib.crc32(data).to_bytes(4, "big")
+
+
+META = b"12345678" + b"\1" + b"\x0e\xa6" + b"\0" + b"\x40\x40" + b"\2C1"  # fast, 37.5, 64 x 64, "C1"
+EMPTY = b"\0\0" + b"\1" + b"\0\0" + b"\0\0" + b"\xff\xff"  # empty hyper, one slice of empty sections
+
+
+# --- what is written is read -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [coded(), coded(PLAIN, 8), coded(PLAIN, 1, 0), coded(FULL, 32, 4)])
+def test_round_trip(stream: Stream) -> None:
+    data = pack(stream)
+    assert unpack(data) == stream
+    assert unpack_header(data) == stream.header
+    assert unpack(data, partial=True) == stream
+
+
+headers = st.builds(
+    Header,
+    model_id=st.binary(min_size=8, max_size=8),
+    profile=st.sampled_from(container.PROFILES),
+    quality=st.floats(0, 100),
+    width=st.integers(1, 65535),
+    height=st.integers(1, 4096),
+    colour=st.sampled_from(["rgb", "grey"]),
+    depth=st.sampled_from([8, 16]),
+    camera_id=st.text(
+        st.characters(min_codepoint=48, exclude_categories=["C"], exclude_characters="/\\"), max_size=32
+    ),
+    frame=st.none() | st.integers(0, 2**63 - 1),
+    timestamp_us=st.none() | st.integers(0, 2**63 - 1),
+    icc=st.binary(max_size=200),
+    exif=st.binary(max_size=200),
+)
+slices = st.builds(
+    Slice, anchor=st.binary(max_size=300), non_anchor=st.binary(max_size=300), check=st.integers(0, 65535)
+)
+
+
+@given(headers, st.binary(max_size=300), st.lists(slices, min_size=1, max_size=32))
+def test_every_legal_stream_survives(header: Header, hyper: bytes, parts: list[Slice]) -> None:
+    stream = Stream(header, hyper, tuple(parts))
+    data = pack(stream)
+    assert unpack(data) == stream
+    assert list(split(data + data)) == [data, data]
+    read = spec_reader.read_file(data)
+    assert read.size == len(data)
+    assert read.sections == [
+        hyper,
+        *(section for part in parts for section in (part.anchor, part.non_anchor)),
+    ]
+    assert read.checks == [part.check for part in parts]
+    expected: dict[str, Any] = {
+        "model_id": header.model_id,
+        "profile": container.PROFILES.index(header.profile),
+        "quality": round(header.quality * 100),
+        "grey": header.colour == "grey",
+        "depth_16": header.depth == 16,
+        **{
+            name: getattr(header, name)
+            for name in ("width", "height", "camera_id", "frame", "timestamp_us", "icc", "exif")
+        },
+    }
+    assert read.metadata == expected
+
+
+def test_exact_bytes() -> None:
+    header = Header(b"12345678", "fast", 37.5, 640, 480, camera_id="C1", frame=300)
+    stream = Stream(header, b"hyper", (Slice(b"anchor", b"", 0xBEEF), Slice(b"", b"non-anchor", 1)))
+    golden = (
+        "895048560d0a1a0a 01 24"
+        "3132333435363738 01 0ea6 04 8005 e003 02 4331 ac02"
+        "05 ab 02 06 0e 00 00 beef 00 00 0a 4a 0001"
+        "88ee"
+        "6879706572 616e63686f72 6e6f6e2d616e63686f72"
+        "a56e9d95"
+    )
+    assert pack(stream).hex() == golden.replace(" ", "")
+
+
+def test_overhead_of_a_plain_picture() -> None:
+    stream = coded(PLAIN, 8, 8000)
+    data = pack(stream)
+    payload = len(stream.hyper) + sum(len(s.anchor) + len(s.non_anchor or b"") for s in stream.slices)
+    assert all(len(s.anchor) >= 128 for s in stream.slices), "lengths take two bytes"
+    assert len(data) - payload == 105
+    timed = replace(PLAIN, frame=12, timestamp_us=1763673600000000)
+    assert len(pack(replace(stream, header=timed))) - payload == 114
+
+
+def test_description_is_json_and_adds_up() -> None:
+    data = pack(coded())
+    fields = json.loads(json.dumps(describe(data)))
+    assert fields["camera_id"] == "Südkurve 北"
+    assert fields["model_id"] == "00010203040506ff"
+    assert (fields["width"], fields["height"], fields["colour"], fields["depth"]) == (1, 65535, "grey", 16)
+    assert (fields["quality"], fields["frame"], fields["slices"]) == (99.99, 1995, 3)
+    assert fields["file_bytes"] == len(data) == fields["payload_bytes"] + fields["overhead_bytes"]
+    assert [s["name"] for s in fields["sections"]][:3] == ["hyper", "slice 0 anchor", "slice 0 non-anchor"]
+    first = fields["sections"][1]
+    assert data[first["offset"] : first["offset"] + first["bytes"]] == coded().slices[0].anchor
+    assert not fields["truncated"]
+
+
+def test_description_needs_only_the_header() -> None:
+    data = pack(coded())
+    end = describe(data)["sections"][0]["offset"]
+    fields = describe(data[:end])
+    assert fields.pop("truncated")
+    assert fields == {k: v for k, v in describe(data).items() if k != "truncated"}
+
+
+# --- what a header can hold ------------------------------------------------------------------------------
+
+
+def test_quality_is_what_the_file_holds() -> None:
+    assert replace(PLAIN, quality=33.33333).quality == 33.33
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_id": b"1234567"}, "8 bytes"),
+        ({"profile": "slow"}, "profile"),
+        ({"quality": 100.01}, "quality"),
+        ({"quality": -1}, "quality"),
+        ({"quality": float("nan")}, "quality"),
+        ({"width": 0}, "width and height"),
+        ({"height": 65536}, "width and height"),
+        ({"width": 65535, "height": 65535}, "width and height"),
+        ({"colour": "rgba"}, "rgba"),
+        ({"depth": 12}, "12 bits"),
+        ({"camera_id": "a/b"}, "camera id"),
+        ({"camera_id": "a\\b"}, "camera id"),
+        ({"camera_id": ".."}, "camera id"),
+        ({"camera_id": "a\nb"}, "camera id"),
+        ({"camera_id": "\x1b[2J"}, "camera id"),
+        ({"camera_id": "\x9b"}, "camera id"),
+        ({"camera_id": "\udcff"}, "camera id"),
+        ({"camera_id": "é" * 65}, "camera id"),
+        ({"frame": -1}, "-1 in frame"),
+        ({"frame": 1 << 63}, "in frame"),
+        ({"timestamp_us": -1}, "-1 in timestamp_us"),
+        ({"icc": bytes(container.MAX_ICC + 1)}, "ICC"),
+        ({"exif": bytes(container.MAX_EXIF + 1)}, "EXIF"),
+    ],
+)
+def test_a_header_that_no_file_holds_is_refused_at_once(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(PLAIN, **change)
+
+
+def test_a_stream_that_no_file_holds_is_not_written() -> None:
+    stream = coded(PLAIN, 2)
+    lost = unpack(pack(stream)[:-10], partial=True)
+    for bad in (
+        replace(stream, slices=()),
+        replace(stream, slices=stream.slices * 17),
+        replace(stream, slices=(replace(stream.slices[0], non_anchor=None),)),
+        lost,
+    ):
+        with pytest.raises(UsageError):
+            pack(bad)
+
+
+# --- damage ----------------------------------------------------------------------------------------------
+
+
+def assert_leading_run(part: Stream, whole: Stream) -> None:
+    assert part.damage is not None
+    assert part.header == whole.header
+    assert part.hyper == whole.hyper
+    names = ["hyper"] + [
+        f"slice {i} {kind}" for i in range(len(whole.slices)) for kind in ("anchor", "non-anchor")
+    ]
+    delivered = 1 + sum(1 + (s.non_anchor is not None) for s in part.slices)
+    assert part.damage.missing == tuple(names[delivered:])
+    for i, (got, sent) in enumerate(zip(part.slices, whole.slices, strict=False)):
+        last = i == len(part.slices) - 1
+        assert (got.anchor, got.check) == (sent.anchor, sent.check)
+        assert got.non_anchor == sent.non_anchor or (last and got.non_anchor is None)
+
+
+def test_every_truncation() -> None:
+    stream = coded()
+    data = pack(stream)
+    sections = describe(data)["sections"]
+    hyper_end = sections[1]["offset"]
+    delivered = []
+    for length in range(len(data)):
+        with pytest.raises(BitstreamError):
+            unpack(data[:length])
+        if length < hyper_end:
+            with pytest.raises(BitstreamError):
+                unpack(data[:length], partial=True)
+            continue
+        part = unpack(data[:length], partial=True)
+        assert_leading_run(part, stream)
+        assert part.damage is not None
+        assert part.damage.offset == length
+        delivered.append(sum(1 + (s.non_anchor is not None) for s in part.slices))
+    assert delivered == sorted(delivered)
+    assert delivered[-1] == 6, "every byte but the file CRC is there: all sections are delivered"
+
+
+def test_every_flip() -> None:
+    stream = coded()
+    data = pack(stream)
+    sections = describe(data)["sections"]
+    for at in range(len(data)):
+        where = sum(at >= s["offset"] for s in sections)  # 0 header, 1 hyper, 2.. slices
+        for flip in (1, 2, 4, 8, 16, 32, 64, 128, 255):
+            changed = data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :]
+            with pytest.raises(BitstreamError) as caught:
+                unpack(changed)
+            assert caught.value.offset is not None
+            if where < 2:
+                with pytest.raises(BitstreamError):
+                    unpack(changed, partial=True)
+                continue
+            part = unpack(changed, partial=True)
+            assert_leading_run(part, stream)
+            assert part.damage is not None
+            if at < len(data) - 4:
+                assert part.damage.missing[0] == sections[where - 1]["name"]
+                assert part.damage.offset == sections[where - 1]["offset"]
+            else:
+                assert part.damage.missing == ()
+
+
+def test_bytes_lost_added_or_swapped_in_the_middle_are_refused() -> None:
+    data = pack(coded())
+    for at in range(0, len(data), 5):
+        for changed in (
+            data[:at] + data[at + 1 :],
+            data[:at] + b"\0" + data[at:],
+            data[:at] + data[at:][::-1],
+        ):
+            if changed != data:
+                with pytest.raises(BitstreamError):
+                    unpack(changed)
+
+
+def test_trailing_bytes_are_refused_also_when_partial() -> None:
+    data = pack(coded())
+    for tail in (b"\0", b"\n", data):
+        for partial in (False, True):
+            with pytest.raises(BitstreamError, match=f"follow the end of the file .at byte {len(data)}."):
+                unpack(data + tail, partial=partial)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: b"", "empty"),
+        (lambda d: d[:5], "inside the signature"),
+        (lambda d: b"\xff\xd8\xff\xe0" + d, "not a .phv file"),
+        (lambda d: d.replace(b"\r\n", b"\n"), "binary"),
+        (lambda d: d.replace(b"\n", b"\r\n"), "binary"),
+        (lambda d: bytes(b & 127 for b in d), "binary"),
+        (lambda d: d[:8] + b"\2" + d[9:], "version 2"),
+        (lambda d: d[:30], "inside the header"),
+        (lambda d: d[:9], "ends too early"),
+    ],
+)
+def test_common_accidents_are_named(change: Any, message: str) -> None:
+    with pytest.raises(BitstreamError, match=message):
+        unpack(change(pack(coded())), partial=True)
+
+
+# --- concatenations --------------------------------------------------------------------------------------
+
+
+def test_concatenated_files_are_cut_apart() -> None:
+    files = [pack(s) for s in (coded(), coded(PLAIN, 8), coded(PLAIN, 1, 0))]
+    assert list(split(b"".join(files))) == files
+    assert list(split(b"")) == []
+
+
+def test_a_truncated_last_file_comes_as_it_is() -> None:
+    data = pack(coded())
+    whole, rest = split(data + data[:-10])
+    assert (whole, rest) == (data, data[:-10])
+    with pytest.raises(BitstreamError, match="truncated"):
+        unpack(rest)
+
+
+def test_damage_in_a_payload_does_not_stop_the_cutting() -> None:
+    data = pack(coded())
+    changed = data[:-20] + bytes(10) + data[-10:]
+    assert list(split(changed + data)) == [changed, data]
+
+
+def test_rubbish_between_files_is_refused_with_its_place() -> None:
+    data = pack(coded())
+    parts = split(data + b"rubbish" + data)
+    assert next(parts) == data
+    with pytest.raises(BitstreamError, match=f"starting at byte {len(data)}"):
+        next(parts)
+
+
+# --- hostile headers: every check is right, the content is not -------------------------------------------
+
+
+def test_the_frame_of_the_following_tests_is_legal() -> None:
+    assert unpack(with_header(META + EMPTY)).header.camera_id == "C1"
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "offset"),
+    [
+        (b"12345678\3" + META[9:] + EMPTY, "profile", 18),
+        (META[:9] + b"\x27\x11" + META[11:] + EMPTY, "quality", 19),
+        (META[:11] + b"\x40" + META[12:] + EMPTY, "reserved", 21),
+        (META[:12] + b"\0\1" + META[14:] + EMPTY, "width and height", 22),
+        (META[:12] + b"\x80\x80\4\1" + META[14:] + EMPTY, "above 65535", 22),
+        (META[:12] + b"\xff\xff\3\xff\xff\3" + META[14:] + EMPTY, "width and height", 22),
+        (META[:12] + b"\xc0\0\1" + META[14:] + EMPTY, "shortest", 22),
+        (META[:12] + b"\xff" * 60 + META[14:] + EMPTY, "above 65535", 22),
+        (META[:14] + b"\2\xc3\x28" + EMPTY, "camera id", 24),
+        (META[:14] + b"\2.." + EMPTY, "camera id", 24),
+        (META[:11] + b"\x10" + META[12:] + b"\0" + EMPTY, "ICC", 27),
+        (META[:11] + b"\x20" + META[12:] + b"\0" + EMPTY, "EXIF", 27),
+        (META[:11] + b"\x20" + META[12:] + b"\xff\xff\x07" + EMPTY, "above 65536", 27),
+        (META + EMPTY[:2] + b"\0", "slices", 29),
+        (META + EMPTY[:2] + b"\x21" + EMPTY[3:], "slices", 29),
+        (META + b"\xff\xff\xff\xff\1" + EMPTY[1:], "above 268435455", 27),
+        (META + EMPTY + b"\0", "no meaning", 36),
+        (META + EMPTY[:-1], "ends too early", None),
+        (META, "ends too early", None),
+        (b"", "ends too early", None),
+    ],
+)
+def test_illegal_values_are_refused_at_their_byte(body: bytes, message: str, offset: int | None) -> None:
+    with pytest.raises(BitstreamError, match=message) as caught:
+        unpack(with_header(body))
+    assert caught.value.offset is not None
+    assert offset is None or caught.value.offset == offset
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        container.SIGNATURE + b"\1" + b"\xff\xff\xff\1",  # header of 4 MB
+        container.SIGNATURE + b"\1" + b"\xff" * 100_000,
+        with_header(META[:11] + b"\x10" + META[12:] + b"\xff\xff\xff\1"),  # ICC of 4 MB
+        with_header(META + b"\xff\xff\xff\x7f\0" + EMPTY[2:]),  # hyper of 256 MB
+        with_header(META + EMPTY[:2] + b"\x20" + b"\xff\xff\xff\x7f\0" * 64),
+        with_header(META[:12] + b"\x80\x80\1\x80\x80\1" + META[14:]),  # 16384 x 16384
+    ],
+)
+def test_sizes_are_not_believed(data: bytes) -> None:
+    tracemalloc.start()
+    with pytest.raises(BitstreamError):
+        unpack(data, partial=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+@given(st.binary(max_size=120), st.binary(max_size=40))
+def test_any_header_is_read_or_refused(body: bytes, payload: bytes) -> None:
+    for data in (
+        with_header(body, payload),
+        with_header(META + body, payload),
+        with_header(META + EMPTY + body),
+    ):
+        for partial in (False, True):
+            try:
+                stream = unpack(data, partial=partial)
+            except BitstreamError:
+                continue
+            assert stream.damage or pack(stream) == data, "one form for every content"
+
+
+def test_many_changes_at_once() -> None:
+    r, stream = random.Random(5), coded()
+    data = pack(stream)
+    for _ in range(1500):
+        changed = bytearray(data)
+        for _ in range(r.randrange(1, 6)):
+            at = r.randrange(len(changed))
+            changed[at : at + r.randrange(3)] = r.randbytes(r.randrange(3))
+        if changed == data:
+            continue
+        with pytest.raises(BitstreamError):
+            unpack(bytes(changed))
+
+
+def test_neither_torch_nor_numpy_is_needed() -> None:
+    program = (
+        "import sys, mvcodec.container, mvcodec.errors; "
+        "heavy = {'torch', 'numpy', 'compressai', 'constriction', 'PIL'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
