@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import spec_reader
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from mvcodec.checksums import crc16
 from mvcodec.container import Header, Slice, Stream, describe, pack, split, unpack, unpack_header
 from mvcodec.entropy import SIGMAS, encode, gaussian_tables
 from mvcodec.errors import BitstreamError, UsageError
+from tests import spec_reader
 
 PLAIN = Header(b"12345678", "fast", 37.5, 1920, 1080, camera_id="cam3")
 FULL = Header(

@@ -8,7 +8,6 @@ import textwrap
 
 import numpy as np
 import pytest
-import spec_reader
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from mvcodec.entropy import SIGMAS, Tables, counts_from_pmf, decode, encode, gaussian_tables
 from mvcodec.entropy.tables import MAX_SYMBOL, TOTAL
 from mvcodec.errors import BitstreamError
+from tests import spec_reader
 
 GAUSSIAN = gaussian_tables()
 NARROW = Tables([100, 65000, 400, 36], [4], [-1])  # values -1, 0, 1 and the escape
