@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -128,11 +129,13 @@ class ParaHydra(nn.Module):
 
     def start_as_klt(self, covariance: Tensor) -> None:
         """Make the untrained `klt` model the best linear codec of pictures with this covariance [768, 768]."""
-        assert isinstance(self.g_a, tf.KltAnalysis) and isinstance(self.para_jd.coarse, tf.KltSynthesisCoarse)
-        spread = tf.start_as_klt(self.g_a, self.para_jd.coarse, covariance)
+        coarse, fine = self.para_jd.coarse, self.para_jd.fine
+        assert isinstance(self.g_a, tf.KltAnalysis)
+        assert isinstance(coarse, tf.KltSynthesisCoarse) and isinstance(fine, tf.KltSynthesisFine)
+        spread = tf.start_as_klt(self.g_a, coarse, fine, covariance)
         self.para_em.ln_spread.copy_(spread.log()[:, None, None])
         middle_gain = log_gain_reference(0.5)
-        self.para_em.unit.copy_(torch.exp2((spread.log2() + middle_gain / 0.6931).round())[:, None, None])
+        self.para_em.unit.copy_(torch.exp2((spread.log2() + middle_gain / math.log(2)).round().clamp(min=0))[:, None, None])
 
     def forward(self, pictures: Tensor, t: Tensor, joint: bool = True) -> TrainingOutput:
         """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1]."""
@@ -151,7 +154,7 @@ class ParaHydra(nn.Module):
             nonlocal y_bits
             mu = mu.float()
             residual = steps[step] - mu
-            y_bits = y_bits + hp.bits(hp.gaussian_likelihood(hp.noisy(residual), ln_sigma.float()))
+            y_bits = y_bits + hp.gaussian_bits(residual, ln_sigma.float())
             return hp.round_straight_through(residual) + mu
 
         y_hat = self.para_em(hyper, log_gain_reference(0) + (log_gain_reference(1) - log_gain_reference(0)) * t.flatten(), code)

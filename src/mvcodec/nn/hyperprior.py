@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from mvcodec.nn.layers import leaky
+from mvcodec.nn.layers import leaky, start_at_unit_variance
 
 LIKELIHOOD_BOUND = 1e-9
+LN_SIGMA_BOUND = -2.3  # just under the coder's lowest scale, 0.11
+HYPER_START = 4.0  # initial magnification of z: rounded to zero, it would carry nothing to learn from
 
 
 class HyperAnalysis(nn.Module):
@@ -18,6 +22,9 @@ class HyperAnalysis(nn.Module):
         self.conv1 = nn.Conv2d(latent_channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 5, stride=2, padding=2)
         self.conv3 = nn.Conv2d(channels, channels, 5, stride=2, padding=2)
+        start_at_unit_variance(self)
+        with torch.no_grad():
+            self.conv3.weight *= HYPER_START
 
     def forward(self, y: Tensor) -> Tensor:
         return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.asinh(y))))))
@@ -32,6 +39,7 @@ class HyperSynthesis(nn.Module):
         self.deconv1 = nn.ConvTranspose2d(channels, channels, 5, stride=2, padding=2, output_padding=1)
         self.deconv2 = nn.ConvTranspose2d(channels, middle, 5, stride=2, padding=2, output_padding=1)
         self.conv3 = nn.Conv2d(middle, channels_out, 3, padding=1)
+        start_at_unit_variance(self)
 
     def forward(self, z_hat: Tensor) -> Tensor:
         return self.conv3(leaky(self.deconv2(leaky(self.deconv1(z_hat)))))
@@ -46,7 +54,7 @@ class FactorizedPrior(nn.Module):
     def __init__(self, channels: int, components: int = 3) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.zeros(components, channels, 1, 1))
-        self.mean = nn.Parameter(torch.linspace(-1, 1, components)[:, None, None, None].repeat(1, channels, 1, 1))
+        self.mean = nn.Parameter(torch.linspace(-2, 2, components)[:, None, None, None].repeat(1, channels, 1, 1))
         self.ln_scale = nn.Parameter(torch.zeros(components, channels, 1, 1))
 
     def likelihood(self, z: Tensor) -> Tensor:
@@ -55,7 +63,7 @@ class FactorizedPrior(nn.Module):
         distance = (z[:, None] - self.mean).abs()
         # Upper tail minus upper tail, on |z - mean|: no cancellation far from the mean.
         mass = torch.sigmoid((0.5 - distance) * inverse) - torch.sigmoid((-0.5 - distance) * inverse)
-        return (self.logit.softmax(dim=0) * mass).sum(dim=1).clamp(min=LIKELIHOOD_BOUND)
+        return lower_bound((self.logit.softmax(dim=0) * mass).sum(dim=1), LIKELIHOOD_BOUND)
 
     @torch.no_grad()
     def pmf(self, bound: int) -> Tensor:
@@ -69,16 +77,47 @@ class FactorizedPrior(nn.Module):
 
 def gaussian_likelihood(residual: Tensor, ln_sigma: Tensor) -> Tensor:
     """P of the unit bin around residual = y - mu under N(0, sigma) (Eq. (3)), bounded away from zero."""
-    sigma = torch.exp(ln_sigma.clamp(-2.3, 6))
+    sigma = torch.exp(ln_sigma.clamp(max=6))
     distance = residual.abs()
     upper = torch.special.ndtr((0.5 - distance) / sigma)
     lower = torch.special.ndtr((-0.5 - distance) / sigma)
-    return (upper - lower).clamp(min=LIKELIHOOD_BOUND)
+    return lower_bound(upper - lower, LIKELIHOOD_BOUND)
+
+
+class _LowerBound(torch.autograd.Function):
+    """max(x, bound); the gradient passes where it would raise x, so that nothing is stuck below the bound."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x >= bound)
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (above,) = ctx.saved_tensors
+        return gradient * (above | (gradient < 0)), None
+
+
+def lower_bound(x: Tensor, bound: float) -> Tensor:
+    """max(x, bound) with the gradient of `_LowerBound` (Balle et al.'s lower bound, as in CompressAI)."""
+    return _LowerBound.apply(x, bound)
 
 
 def bits(likelihood: Tensor) -> Tensor:
     """Total -log2 p per sample: [B, ...] -> [B]."""
     return -torch.log2(likelihood).flatten(1).sum(dim=1)
+
+
+def gaussian_bits(residual: Tensor, ln_sigma: Tensor) -> Tensor:
+    """Bits per sample of the symbols round(residual), residual = y - mu (Eq. (3)): [B, ...] -> [B].
+
+    The value is that of the rounded symbols, which is what a file costs, and so is sigma's gradient. The residual's
+    gradient is that of the usual noisy relaxation. Noise in the value too would charge 0.13 bit for a certain zero.
+    """
+    ln_sigma = lower_bound(ln_sigma, LN_SIGMA_BOUND)
+    exact = bits(gaussian_likelihood(residual.detach().round(), ln_sigma))
+    relaxed = bits(gaussian_likelihood(noisy(residual), ln_sigma.detach()))
+    return exact + relaxed - relaxed.detach()
 
 
 def round_straight_through(x: Tensor) -> Tensor:

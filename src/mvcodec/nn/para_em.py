@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.global_context import ParallaxGlobalContext
-from mvcodec.nn.layers import leaky
+from mvcodec.nn.layers import leaky, start_at_unit_variance
 from mvcodec.nn.local_context import CheckerboardAttention
 from mvcodec.nn.parallax_attention import SourceFeatures
 from mvcodec.nn.pmifm import ParallaxFusion
+
+LN_PRIOR_FLOOR = -1.2  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
 
 # code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
 CodeStep = Callable[[int, Tensor, Tensor], Tensor]
@@ -66,8 +68,10 @@ class EntropyParameters(nn.Module):
         widths = [channels_in, *hidden]
         self.hidden = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths[:-1], widths[1:]))
         self.last = nn.Conv2d(widths[-1], 2 * channels_out, 1)
+
+    def start_as_prior(self) -> None:
         nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.hidden:
@@ -109,7 +113,7 @@ class SliceModel(nn.Module):
 
 
 class ParaEM(nn.Module):
-    """Para-EM. `unit` [M] is a power of two near each channel's spread, so that the nets see values of unit size;
+    """Para-EM. `unit` [M] is a power of two >= 1 near each channel's spread in quantiser steps, so that the nets see unit size;
     `ln_spread` [M] the log standard deviation of the transform at gain 1: sigma starts as a good prediction."""
 
     unit: Tensor
@@ -134,6 +138,10 @@ class ParaEM(nn.Module):
             )
             for i in range(slices)
         )
+        start_at_unit_variance(self)
+        for model in self.models:
+            model.anchor_parameters.start_as_prior()
+            model.other_parameters.start_as_prior()
         self.register_buffer("unit", torch.ones(latent_channels, 1, 1))
         self.register_buffer("ln_spread", torch.zeros(latent_channels, 1, 1))
 
@@ -145,7 +153,7 @@ class ParaEM(nn.Module):
         for i, model in enumerate(self.models):
             channels = slice(i * self.slice_channels, (i + 1) * self.slice_channels)
             unit = self.unit[channels]
-            prior = self.ln_spread[channels] + ln_gain[:, None, None, None]
+            prior = (self.ln_spread[channels] + ln_gain[:, None, None, None]).clamp(min=LN_PRIOR_FLOOR)
             anchor_inputs, other_inputs, guide = [hyper_anchor], [hyper_other], hyper
             if model.channel_context is not None:
                 guide = model.channel_context(seen)

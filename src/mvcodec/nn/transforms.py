@@ -72,8 +72,10 @@ class KltSynthesisFine(nn.Module):
 
 
 @torch.no_grad()
-def start_as_klt(analysis: KltAnalysis, synthesis: KltSynthesisCoarse, covariance: Tensor) -> Tensor:
-    """Set both transforms to the first M principal components of 16x16 RGB blocks.
+def start_as_klt(
+    analysis: KltAnalysis, synthesis: KltSynthesisCoarse, fine: KltSynthesisFine, covariance: Tensor
+) -> Tensor:
+    """Set the transforms to the first M principal components of 16x16 RGB blocks.
 
     covariance [768, 768] float64 of pixel-unshuffled 2x2 neighbourhoods (order: channel at 1/8, row, column), about
     the mean 0.5. Returns the standard deviation of each component [M].
@@ -88,6 +90,9 @@ def start_as_klt(analysis: KltAnalysis, synthesis: KltSynthesisCoarse, covarianc
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     analysis.stage16.set_scale(spread)
     synthesis.stage16.set_scale(spread)
+    pixel_spread = covariance.diagonal().mean().sqrt().float().expand(PIXELS)
+    analysis.stage8.set_scale(pixel_spread)
+    fine.stage8.set_scale(pixel_spread)
     return spread
 
 

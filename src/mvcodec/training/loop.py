@@ -27,7 +27,8 @@ from mvcodec.parahydra import ModelConfig, ParaHydra, config_for
 from mvcodec.training.data import CropSampler, Scene, centre_crops, load_scenes
 from mvcodec.training.klt import block_covariance
 
-KLT_RATE = 0.2  # learning rate of the KLT layers, of that of the others
+KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
+TRANSFORM_RATE = 0.5  # of the residual blocks around them
 VALIDATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -162,11 +163,18 @@ class Trainer:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The KLT layers start at an optimum: they move slower than the rest."""
-        slow = {id(p) for n, p in self.model.named_parameters() if ".klt." in n}
+        """The transforms start near an optimum: they move slower than the entropy model, the KLT layers slowest.
+
+        A weight behind 768 pixels of one sign moves an output by hundreds of its own steps.
+        """
+        factors = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                klt, transform = ".klt." in name, ".stage" in name
+                factors[parameter] = KLT_RATE if klt else TRANSFORM_RATE if transform else 1.0
         return [
-            {"params": [p for p in self.trained if id(p) not in slow], "factor": 1.0},
-            {"params": [p for p in self.trained if id(p) in slow], "factor": KLT_RATE},
+            {"params": [p for p, f in factors.items() if f == factor], "factor": factor}
+            for factor in sorted(set(factors.values()))
         ]
 
     def autocast(self) -> torch.autocast:
@@ -194,7 +202,9 @@ class Trainer:
         loss, bpp, mse = loss_of(pictures, out.pictures, out.bits, t)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained, config.clip)
+        # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
+        norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups]
+        norm = torch.stack(norms).max()
         if torch.isfinite(norm):
             self.optimizer.step()
         self.ema.update(self.model, step)

@@ -1,0 +1,43 @@
+"""Checkerboard halves and the contexts built on them."""
+
+import numpy as np
+import torch
+
+from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.global_context import attend_anchors
+from mvcodec.nn.local_context import CheckerboardAttention
+from tests.nn.test_parallax_attention import maps
+
+
+def test_anchors_are_the_positions_with_odd_row_plus_column():
+    row, column = np.indices((4, 6))
+    grid = torch.from_numpy(row * 10 + column)[None, None]
+    anchor, other = split(grid)
+    assert sorted(anchor.flatten().tolist()) == [r * 10 + c for r in range(4) for c in range(6) if (r + c) % 2]
+    assert sorted(other.flatten().tolist()) == [r * 10 + c for r in range(4) for c in range(6) if not (r + c) % 2]
+
+
+def test_merge_undoes_split():
+    full = maps(0, 2, 3, 5, 8)
+    assert torch.equal(merge(*split(full)), full)
+
+
+def test_a_non_anchor_sees_exactly_the_anchors_of_its_5x5_window():
+    context = CheckerboardAttention(4, 3, 4).double()
+    anchors = merge(maps(0, 1, 4, 8, 4), torch.zeros(1, 4, 8, 4, dtype=torch.float64)).requires_grad_()
+    out = context(anchors, maps(1, 1, 3, 8, 4))
+    row, packed = 4, 1  # row 4 is even: its non-anchors are the even columns
+    column = 2 * packed
+    (gradient,) = torch.autograd.grad(out[0, :, row, packed].sum(), anchors)
+    seen = {(int(r), int(c)) for r, c in gradient[0].abs().sum(dim=0).nonzero()}
+    assert seen == {
+        (row + dy, column + dx) for dy in range(-2, 3) for dx in range(-2, 3) if (dy + dx) % 2
+    }
+
+
+def test_global_attention_in_chunks_is_exact():
+    q, k, v = maps(0, 1, 4, 6, 3), maps(1, 1, 4, 6, 3), maps(2, 1, 4, 6, 3)
+    whole = attend_anchors(q, k, v)
+    torch.testing.assert_close(attend_anchors(q, k, v, chunk=20), whole)
+    scores = (q.flatten(2).mT @ k.flatten(2)) / 2  # sqrt(4)
+    torch.testing.assert_close(whole.flatten(2), (scores.softmax(dim=-1) @ v.flatten(2).mT).mT)  # Eq. (19)
