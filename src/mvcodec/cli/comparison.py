@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as pil
 from PIL import ImageDraw
 
@@ -35,6 +36,27 @@ def compare(
     return Image(np.vstack(rows))
 
 
+def psnr(original: Image, decoded: Image) -> float:
+    """Decibels, over the full range of the samples; two equal pictures have 100."""
+    peak = 2**original.depth - 1
+    error = original.pixels.astype(np.float64) - decoded.pixels
+    return min(100.0, float(10 * np.log10(peak**2 / max(np.mean(error**2), 1e-10))))
+
+
+def ms_ssim(original: Image, decoded: Image) -> float:
+    """Multi-scale structural similarity, 1 for equal pictures; nan under 161 pixels (five scales)."""
+    import pytorch_msssim
+    import torch
+
+    if min(original.width, original.height) <= 160:
+        return float("nan")
+    a, b = (
+        torch.from_numpy(np.atleast_3d(image.pixels).astype(np.float32)).permute(2, 0, 1)[None]
+        for image in (original, decoded)
+    )
+    return float(pytorch_msssim.ms_ssim(a, b, data_range=2**original.depth - 1))
+
+
 def jpeg_within(image: Image, budget_bytes: int) -> bytes:
     """Pillow JPEG (4:4:4, optimised) of the best quality within the budget, or of the lowest there is."""
     low, high = 1, 96
@@ -56,14 +78,15 @@ def _jpeg(image: Image, quality: int) -> bytes:
 
 
 def _decoded(data: bytes) -> Image:
-    return Image(np.asarray(pil.open(io.BytesIO(data))))
+    with pil.open(io.BytesIO(data)) as picture:
+        return Image(np.asarray(picture))
 
 
 def _eight_bit(image: Image) -> pil.Image:
     return pil.fromarray((image.pixels >> (image.depth - 8)).astype(np.uint8))
 
 
-def _tile(caption: str, image: Image) -> np.ndarray:
+def _tile(caption: str, image: Image) -> NDArray[np.uint8]:
     """The middle TILE x TILE pixels under a line of text, [TILE + CAPTION, TILE, 3] uint8."""
     picture = _eight_bit(image).convert("RGB")
     left, top = max(0, (image.width - TILE) // 2), max(0, (image.height - TILE) // 2)

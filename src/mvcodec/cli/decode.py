@@ -135,7 +135,7 @@ def receive(report: Report, source: Source) -> list[Received]:
         else:
             path = safe_path(header.camera_id, header.frame, header.timestamp_us)
             # The ending is there to be replaced, as that of a file would be: a camera id may contain a dot.
-            inside = Source(source.path.with_name(f"{path}.phv"), Path(f"{path}.phv"), source.place)
+            inside = Source(source.path.parent / f"{path}.phv", Path(f"{path}.phv"), source.place)
             received.append(Received(f"{name}[{number}]", inside, part, header))
     return received
 
@@ -156,7 +156,7 @@ def _decode(
         with report.file(view.name):
             intact.append((view, container.unpack(view.data, partial=partial)))
     if require and len(intact) < require:
-        raise MvcodecError(f"{len(intact)} views, {require} are required")
+        raise MvcodecError(f"{len(intact)} of the {require} views required")
     if not intact:
         return {}
 

@@ -33,12 +33,11 @@ def demo(
 ) -> None:
     """Encode the example scene (or DIR) one camera at a time, decode all views together, and compare.
 
-    Writes the .phv files, the decoded pictures and comparison.png: per view the original, JPEG of the same size
-    in bytes, the picture decoded alone, and decoded jointly.
+    Writes the .phv files, the decoded pictures and comparison.png: per view the original, JPEG of as many
+    bytes, the picture decoded alone, and decoded jointly.
     """
     from mvcodec import api, images
-    from mvcodec.cli.comparison import compare
-    from mvcodec.evaluation.metrics import ms_ssim, psnr
+    from mvcodec.cli.comparison import compare, ms_ssim, psnr
 
     pictures = [
         source.path for source in sources([scene or str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)
@@ -64,7 +63,7 @@ def demo(
     decode_seconds = (time.perf_counter() - started) / len(files)
     alone = {c: api.decode(data, model=weights).image for c, data in files.items()}
 
-    report.note(f"{COLUMNS}\n{UNITS}")
+    report.show(f"{COLUMNS}\n{UNITS}")
     records: list[dict[str, Any]] = []
     for camera, original in originals.items():
         images.write(folder / f"{camera}.png", joint[camera])
@@ -72,17 +71,17 @@ def demo(
             "camera_id": camera,
             "bytes": len(files[camera]),
             "bpp": 8 * len(files[camera]) / (original.width * original.height),
-            "psnr_alone_db": psnr(original.pixels, alone[camera].pixels),
-            "psnr_joint_db": psnr(original.pixels, joint[camera].pixels),
-            "ms_ssim_alone": ms_ssim(original.pixels, alone[camera].pixels),
-            "ms_ssim_joint": ms_ssim(original.pixels, joint[camera].pixels),
+            "psnr_alone_db": psnr(original, alone[camera]),
+            "psnr_joint_db": psnr(original, joint[camera]),
+            "ms_ssim_alone": ms_ssim(original, alone[camera]),
+            "ms_ssim_joint": ms_ssim(original, joint[camera]),
             "encode_seconds": encode_seconds[camera],
             "decode_seconds": decode_seconds,
         }
         records.append(record)
         report.result(record, _row(record))
     mean = {key: sum(r[key] for r in records) / len(records) for key in records[0] if key != "camera_id"}
-    report.note(_row({"camera_id": "mean", **mean}))
+    report.show(_row({"camera_id": "mean", **mean}))
     comparison = folder / "comparison.png"
     images.write(comparison, compare(originals, files, alone, joint))
     report.note(f"pictures, .phv files and {comparison.name} are in {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -106,39 +107,41 @@ def encode(
 
     weights = api.load_model(model, device)
     report.detail(f"model {weights.name} {weights.id.hex()} on {weights.device}")
+
+    def encode_one(source: Source, view: ViewName, path: Path) -> None:
+        started = time.perf_counter()
+        image = images.read(read(source), alpha=alpha, max_pixels=max_pixels or images.MAX_PIXELS)
+        image = image.without_metadata() if strip else image
+        pixels = image.width * image.height
+
+        def at(quality: float) -> bytes:
+            return codec.encode_image(weights, image, quality, **view._asdict())
+
+        budget = target_size if target_bpp is None else int(target_bpp * pixels / 8)
+        data, used = (at(quality), quality) if budget is None else encode_within(at, budget)
+        targets.write(path, data)
+        seconds = time.perf_counter() - started
+        record = {
+            "file": label(source.path),
+            "output": label(path),
+            "bytes": len(data),
+            "bpp": round(8 * len(data) / pixels, 6),
+            "width": image.width,
+            "height": image.height,
+            "quality": used,
+            **view._asdict(),
+            "model_id": weights.id.hex(),
+            "seconds": round(seconds, 3),
+        }
+        text = f"{label(path)}: {len(data)} bytes, {record['bpp']:.3f} bpp, quality {used:g}, {seconds:.2f} s"
+        report.result(record, f"{label(source.path)} -> {text}", err=True)
+
     for source, view, path in report.progress(list(zip(given, views, paths, strict=True)), "encode"):
-        name = label(source.path)
         if targets.skips(path):
-            report.note(f"{name}: {path} exists, skipped")
+            report.note(f"{label(source.path)}: {path} exists, skipped")
             continue
-        with report.file(name):
-            started = time.perf_counter()
-            image = images.read(read(source), alpha=alpha, max_pixels=max_pixels or images.MAX_PIXELS)
-            if strip:
-                image = image.without_metadata()
-            pixels = image.width * image.height
-            budget = int(target_bpp * pixels / 8) if target_bpp is not None else target_size
-
-            def at(quality: float, image: images.Image = image, view: ViewName = view) -> bytes:
-                return codec.encode_image(weights, image, quality, **view._asdict())
-
-            data, used = (at(quality), quality) if budget is None else encode_within(at, budget)
-            targets.write(path, data)
-            seconds = time.perf_counter() - started
-            record = {
-                "file": name,
-                "output": label(path),
-                "bytes": len(data),
-                "bpp": round(8 * len(data) / pixels, 6),
-                "width": image.width,
-                "height": image.height,
-                "quality": used,
-                **view._asdict(),
-                "model_id": weights.id.hex(),
-                "seconds": round(seconds, 3),
-            }
-            text = f"{name} -> {label(path)}: {len(data)} bytes, {record['bpp']:.3f} bpp, quality {used:g}"
-            report.result(record, f"{text}, {seconds:.2f} s", err=True)
+        with report.file(label(source.path)):
+            encode_one(source, view, path)
     report.finish()
 
 

@@ -20,18 +20,20 @@ def models(report: Report) -> None:
         with report.file(path):
             tensors, config, about = weights.read_model_file(path)
             identity = weights.entropy_id(tensors, config).hex()
+            parameters = sum(t.numel() for name, t in tensors.items() if not name.startswith("tables."))
+            size_bytes = path.stat().st_size
             record = {
                 "name": path.stem,
                 "default": path.stem == weights.DEFAULT_MODEL,
                 "model_id": identity,
                 "profile": config.profile,
-                "parameters": sum(t.numel() for name, t in tensors.items() if not name.startswith("tables.")),
-                "bytes": path.stat().st_size,
+                "parameters": parameters,
+                "bytes": size_bytes,
                 "path": str(path),
                 **about,
             }
             mark = "*" if record["default"] else " "
-            size = f"{record['parameters'] / 1e6:.1f} M parameters, {record['bytes'] / 1e6:.1f} MB"
+            size = f"{parameters / 1e6:.1f} M parameters, {size_bytes / 1e6:.1f} MB"
             report.result(record, f"{mark} {path.stem:<12} {identity}  {config.profile:<6} {size}  {path}")
     if not report.successes:
         report.note("no weights found; train some with `mvcodec train`, or point $MVCODEC_MODELS to a folder")

@@ -30,9 +30,15 @@ class Report:
         """One finished file: `record` under --json, else `text`; err=True where stdout may carry data."""
         self.successes += 1
         if self.as_json:
-            click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
+            told = {key: None if value != value else value for key, value in record.items()}  # no nan in JSON
+            click.echo(json.dumps(told, ensure_ascii=False, allow_nan=False))
         elif text is not None and not (err and self.quiet):
             click.echo(text, err=err)
+
+    def show(self, text: str) -> None:
+        """Part of the human result, beside those of single files: a table's head or foot."""
+        if not self.as_json:
+            click.echo(text)
 
     def note(self, text: str) -> None:
         if not self.quiet:

@@ -27,7 +27,7 @@ def placing(command: F) -> F:
             "-o",
             "--output",
             metavar="FILE|DIR|-",
-            help="File (one input), folder (mirrors the input's names) or stdout. Default: beside it.",
+            help="File (with its ending), folder (mirrors the input) or stdout. Default: beside the input.",
         ),
     ):
         command = option(command)
@@ -57,7 +57,10 @@ def streams_in(source: Source) -> Iterator[bytes]:
 
 
 class Targets:
-    """The decision about every output, made before any work is done."""
+    """The decision about every output, made before any work is done.
+
+    -o names a folder if it is one, ends in a slash or has no ending such as .png; else it names one file.
+    """
 
     def __init__(
         self, output: str | None, inputs: Sequence[str], *, force: bool, skip_existing: bool
@@ -67,12 +70,11 @@ class Targets:
         if self.to_stdout and sys.stdout.isatty():
             raise UsageError("will not write binary data to a terminal; say -o FILE")
         self.output = None if output is None or self.to_stdout else Path(output)
-        many = len(inputs) > 1 or any(Path(given).is_dir() for given in inputs)
         self.is_folder = self.output is not None and (
-            many or self.output.is_dir() or str(output).endswith(("/", "\\"))
+            self.output.is_dir() or str(output).endswith(("/", "\\")) or not self.output.suffix
         )
         if self.is_folder and self.output is not None and self.output.is_file():
-            raise UsageError(f"{output}: is a file, but several outputs need a folder")
+            raise UsageError(f"{output}: is a file, not a folder; name one with its ending")
 
     def check_stdout(self, as_json: bool) -> None:
         if self.to_stdout and as_json:

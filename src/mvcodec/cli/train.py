@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -89,6 +91,7 @@ def train(
         raise UsageError(f"--out {run_dir}: {state}")
 
     from mvcodec import api
+    from mvcodec.training.export import export_checkpoint
     from mvcodec.training.loop import TrainConfig
     from mvcodec.training.loop import train as run
 
@@ -110,5 +113,9 @@ def train(
         validate_every=validate_every,
         minutes=minutes,
     )
-    checkpoint = run(config, progress=not report.quiet)
-    report.result({"checkpoint": str(checkpoint)}, f"{checkpoint}: written")
+    with redirect_stdout(sys.stderr):  # stdout is for the result alone
+        checkpoint = run(config, progress=not report.quiet and sys.stderr.isatty())
+    weights = Path(run_dir) / f"{profile}.safetensors"
+    identity = export_checkpoint(checkpoint, weights).hex()
+    record = {"checkpoint": str(checkpoint), "weights": str(weights), "model_id": identity}
+    report.result(record, f"{weights}: model {identity}, for --model; {checkpoint} to train on")

@@ -1,0 +1,172 @@
+"""`mvcodec decode`: views meet by time, what is missing is told, what is asked for is written."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as pil
+
+import mvcodec
+from mvcodec.errors import UsageError
+
+from .conftest import Cli
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with pil.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_output_mirrors_input_and_views_of_an_instant_meet(cli: Cli, coded: Path) -> None:
+    outcome = cli("decode", coded, "-o", "out", "--json")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    by_name = {Path(r["output"]).as_posix(): r for r in outcome.records}
+    assert sorted(by_name) == [
+        f"out/{camera}/0000000{frame}.png" for camera in ("C1", "C2") for frame in (0, 1)
+    ]
+    assert by_name["out/C1/00000001.png"]["peers"] == ["C2"]
+    for name, size in (("out/C1/00000000.png", (50, 70, 3)), ("out/C2/00000000.png", (64, 64, 3))):
+        assert pixels(name).shape == size
+
+
+def test_argument_order_changes_nothing(cli: Cli, coded: Path) -> None:
+    files = [coded / "C1/00000000.phv", coded / "C2/00000000.phv"]
+    assert cli("decode", *files, "-o", "a").code == 0
+    assert cli("decode", *files[::-1], "-o", "b").code == 0
+    for name in ("C1/00000000.png", "C2/00000000.png"):
+        np.testing.assert_array_equal(pixels(Path("a", name)), pixels(Path("b", name)))
+
+
+def test_a_concatenation_streams_through_stdin(cli: Cli, coded: Path) -> None:
+    everything = b"".join(path.read_bytes() for path in sorted(coded.rglob("*.phv")))
+    assert cli("decode", "-", "-o", "piped", stdin=everything).code == 0
+    assert cli("decode", coded, "-o", "plain").code == 0
+    names = sorted(path.relative_to("plain") for path in Path("plain").rglob("*.png"))
+    assert names == sorted(path.relative_to("piped") for path in Path("piped").rglob("*.png"))
+    for name in names:
+        np.testing.assert_array_equal(pixels(Path("plain", name)), pixels(Path("piped", name)))
+
+
+def test_pictures_can_leave_through_stdout(cli: Cli, coded: Path) -> None:
+    outcome = cli("decode", coded / "C1/00000000.phv", "-o", "-", "--format", "ppm")
+    assert outcome.code == 0
+    assert np.asarray(pil.open(io.BytesIO(outcome.out))).shape == (50, 70, 3)
+
+
+def test_a_missing_camera_is_told_and_the_rest_decoded(cli: Cli, coded: Path) -> None:
+    (coded / "C2/00000001.phv").unlink()
+    outcome = cli("decode", coded, "-o", "out")
+    assert outcome.code == 0
+    assert "frame 1: without C2" in outcome.err
+    assert len(list(Path("out").rglob("*.png"))) == 3
+    outcome = cli("decode", coded, "-o", "out", "-f", "--require", "2")
+    assert outcome.code == 6
+    assert "00000001.phv: 1 of the 2 views required" in outcome.err
+
+
+def test_only_one_camera_is_written_but_the_others_still_help(cli: Cli, coded: Path) -> None:
+    outcome = cli("decode", coded, "-o", "out", "--only", "C2", "--json")
+    assert outcome.code == 0
+    assert [(r["camera_id"], r["peers"]) for r in outcome.records] == [("C2", ["C1"])] * 2
+    assert not Path("out/C1").exists()
+    outcome = cli("decode", coded, "-o", "out2", "--only", "C9")
+    assert outcome.code == 2
+    assert "no such camera; there are C1, C2" in outcome.err
+
+
+def test_preview_decodes_each_view_alone(cli: Cli, coded: Path) -> None:
+    assert [r["peers"] for r in cli("decode", coded, "-o", "p", "--preview", "--json").records] == [[]] * 4
+    alone = mvcodec.decode(coded / "C1/00000000.phv")
+    np.testing.assert_array_equal(pixels("p/C1/00000000.png"), alone.pixels)
+
+
+def test_a_truncated_file_gives_what_arrived_when_partial_is_asked(cli: Cli, coded: Path) -> None:
+    path = coded / "C1/00000000.phv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    outcome = cli("decode", coded, "-o", "out")
+    assert outcome.code == 6
+    assert f"mvcodec: {path}: truncated" in outcome.err
+    assert len(list(Path("out").rglob("*.png"))) == 3
+    outcome = cli("decode", path, "-o", "part.png", "--partial", "--json")
+    assert outcome.code == 0
+    assert "truncated" in outcome.records[0]["damage"]
+    assert "decoded what is intact" in outcome.err
+    assert pixels("part.png").shape == (50, 70, 3)
+
+
+def test_one_camera_twice_in_an_instant_is_refused(cli: Cli, coded: Path) -> None:
+    copy = Path("copy.phv")
+    copy.write_bytes((coded / "C1/00000000.phv").read_bytes())
+    outcome = cli("decode", copy, coded / "C1/00000000.phv", "-o", "out")
+    assert outcome.code == 2
+    assert "camera C1 is there twice" in outcome.err
+
+
+def test_still_scenes_in_one_tree_stay_apart(cli: Cli) -> None:
+    for name, shade in (("door/a.png", 10), ("door/b.png", 60), ("desk/a.png", 200)):
+        Path(name).parent.mkdir(exist_ok=True)
+        pil.new("RGB", (40, 40), (shade, shade, 0)).save(name)
+    assert cli("encode", "door", "desk", "-o", "coded").code == 0
+    outcome = cli("decode", "coded", "-o", "out", "--json")
+    assert outcome.code == 0
+    peers = {Path(r["output"]).as_posix(): r["peers"] for r in outcome.records}
+    assert peers == {"out/desk/a.png": [], "out/door/a.png": ["b"], "out/door/b.png": ["a"]}
+
+
+def test_timestamps_meet_within_the_window(cli: Cli, scene: Path) -> None:
+    for camera, time_us in (("C1", 5_000), ("C2", 5_400)):
+        picture = scene / camera / "00000000.png"
+        pattern = "scene/{camera}/00000000"
+        args = ["--names", pattern, "--timestamp-us", time_us, "-o", f"coded/{camera}.phv"]
+        assert cli("encode", picture, *args).code == 0
+    peers = [r["peers"] for r in cli("decode", "coded", "-o", "a", "--json").records]
+    assert peers == [[], []]
+    peers = [r["peers"] for r in cli("decode", "coded", "-o", "b", "--window-us", 500, "--json").records]
+    assert peers == [["C2"], ["C1"]]
+
+
+def test_format_follows_the_name_or_the_option(cli: Cli, coded: Path) -> None:
+    path = coded / "C1/00000000.phv"
+    assert cli("decode", path, "-o", "a.tif").code == 0
+    assert cli("decode", path, "-o", "out/", "--format", "bmp").code == 0
+    for name, kind in (("a.tif", "TIFF"), ("out/00000000.bmp", "BMP")):
+        with pil.open(name) as picture:
+            assert picture.format == kind
+    outcome = cli("decode", coded, "-o", "a.tif", "-f")
+    assert outcome.code == 2
+    assert "a.tif: is one file, but there are 4 outputs" in outcome.err
+
+
+def test_existing_pictures_are_kept_or_skipped(cli: Cli, coded: Path) -> None:
+    args = ["decode", coded, "-o", "out"]
+    assert cli(*args).code == 0
+    assert cli(*args).code == 2
+    Path("out/C1/00000000.png").write_bytes(b"mine")
+    Path("out/C2/00000001.png").unlink()
+    outcome = cli(*args, "--skip-existing", "--json")
+    assert [Path(r["output"]).as_posix() for r in outcome.records] == ["out/C2/00000001.png"]
+    assert Path("out/C1/00000000.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 5, 3)])
+def test_python_round_trip_keeps_size_colour_and_depth(cli: Cli, dtype: type, shape: tuple[int, ...]) -> None:
+    array = np.full(shape, 77, dtype)
+    views = mvcodec.decode_set([mvcodec.encode(array, camera_id=name) for name in "ba"])
+    assert [view.header.camera_id for view in views] == ["a", "b"]
+    for view in views:
+        assert (view.pixels.shape, view.pixels.dtype) == (shape, np.dtype(dtype))
+
+
+def test_python_errors_are_ours(cli: Cli) -> None:
+    with pytest.raises(UsageError, match="no files"):
+        mvcodec.decode_set([])
+    with pytest.raises(mvcodec.MvcodecError, match="give uint8"):
+        mvcodec.encode(np.zeros((4, 4)))
+    with pytest.raises(AttributeError, match="has no attribute 'compress'"):
+        mvcodec.compress  # noqa: B018

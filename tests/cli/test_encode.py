@@ -1,0 +1,135 @@
+"""`mvcodec encode`: names, places, targets, metadata, and never a half-written or overwritten file."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as pil
+
+import mvcodec
+from mvcodec import container
+
+from .conftest import Cli
+
+
+def header(path: Path | str) -> container.Header:
+    return container.unpack_header(Path(path).read_bytes())
+
+
+def test_a_folder_is_mirrored_and_the_header_says_camera_and_frame(cli: Cli, scene: Path) -> None:
+    outcome = cli("encode", scene, "-o", "coded", "--json")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    for record in outcome.records:
+        written = header(record["output"])
+        assert Path(record["output"]) == Path("coded", Path(record["file"]).relative_to(scene)).with_suffix(
+            ".phv"
+        )
+        assert (record["camera_id"], record["frame"]) == (written.camera_id, written.frame)
+        assert record["bytes"] == Path(record["output"]).stat().st_size
+    named = [(record["camera_id"], record["frame"]) for record in outcome.records]
+    assert named == [("C1", 0), ("C1", 1), ("C2", 0), ("C2", 1)]
+
+
+def test_default_place_is_beside_the_picture(cli: Cli, scene: Path) -> None:
+    assert cli("encode", scene / "C1/00000000.png").code == 0
+    assert (scene / "C1/00000000.phv").exists()
+
+
+def test_camera_and_time_can_be_given(cli: Cli, scene: Path) -> None:
+    picture = scene / "C1/00000000.png"
+    options = ["--camera-id", "север", "--frame", 7, "--timestamp-us", 1_700_000_000_000_000]
+    assert cli("encode", picture, "-o", "a.phv", *options).code == 0
+    written = header("a.phv")
+    assert (written.camera_id, written.frame, written.timestamp_us) == ("север", 7, 1_700_000_000_000_000)
+    assert cli("encode", picture, "-o", "b.phv", "--names", "scene/{camera}/{time_us}").code == 0
+    assert (header("b.phv").camera_id, header("b.phv").timestamp_us) == ("C1", 0)
+
+
+def test_nothing_is_overwritten_unless_asked(cli: Cli, scene: Path) -> None:
+    out = Path("coded/C1/00000000.phv")
+    out.parent.mkdir(parents=True)
+    out.write_bytes(b"precious")
+    outcome = cli("encode", scene, "-o", "coded")
+    assert outcome.code == 2
+    assert "overwrite with -f" in outcome.err
+    assert [p for p in Path("coded").rglob("*") if p.is_file()] == [out]
+    assert cli("encode", scene, "-o", "coded", "--skip-existing").code == 0
+    assert out.read_bytes() == b"precious"
+    assert cli("encode", scene, "-o", "coded", "-f").code == 0
+    assert header(out).camera_id == "C1"
+
+
+def test_two_pictures_never_share_an_output(cli: Cli, scene: Path) -> None:
+    shutil.copy(scene / "C1/00000000.png", scene / "C1/00000000.bmp")
+    outcome = cli("encode", scene)
+    assert outcome.code == 2
+    assert "both" in outcome.err
+    outcome = cli("encode", scene / "C1/00000000.png", scene / "C2/00000000.png", "-o", "a.phv", "-f")
+    assert outcome.code == 2
+    assert "a.phv: is one file, but there are 2 outputs; name a folder" in outcome.err
+    assert cli("encode", scene / "C1/00000000.png", scene / "C2/00000000.png", "-o", "a").code == 0
+    assert sorted(p.as_posix() for p in Path("a").rglob("*.phv")) == [
+        "a/C1/00000000.phv",
+        "a/C2/00000000.phv",
+    ]
+
+
+def test_pipes(cli: Cli, scene: Path) -> None:
+    picture = (scene / "C1/00000000.png").read_bytes()
+    outcome = cli("encode", "-", "--camera-id", "C1", "-q", "30", stdin=picture)
+    assert outcome.code == 0
+    assert cli("encode", scene / "C1/00000000.png", "-o", "-", "-q", "30", "--quiet").err == ""
+    written = container.unpack(outcome.out).header
+    assert (written.camera_id, written.quality, written.frame) == ("C1", 30.0, None)
+
+
+@pytest.mark.parametrize("target", [["--target-size", "1.5k"], ["--target-bpp", "3"]])
+def test_size_targets_are_met(cli: Cli, scene: Path, target: list[str]) -> None:
+    outcome = cli("encode", scene / "C1/00000000.png", "-o", "a.phv", "--json", *target)
+    assert outcome.code == 0, outcome.err
+    limit = 1500 if target[0] == "--target-size" else 3 * 70 * 50 / 8
+    assert Path("a.phv").stat().st_size <= limit
+    assert header("a.phv").quality == outcome.records[0]["quality"]
+
+
+def test_metadata_travels_unless_stripped(cli: Cli) -> None:
+    exif = pil.Exif()
+    exif[271] = "a camera maker"
+    exif[0x0112] = 6
+    pil.fromarray(np.zeros((20, 30), np.uint8)).save("a.jpg", exif=exif, icc_profile=b"a profile")
+    assert cli("encode", "a.jpg").code == 0
+    kept = header("a.phv")
+    assert (kept.width, kept.height, kept.colour, kept.icc) == (20, 30, "grey", b"a profile")
+    assert cli("decode", "a.phv").code == 0
+    with pil.open("a.png") as decoded:
+        assert (decoded.size, decoded.mode) == ((20, 30), "L")
+        assert dict(decoded.getexif()) == {271: "a camera maker"}
+        assert decoded.info["icc_profile"] == b"a profile"
+    assert cli("encode", "a.jpg", "--strip", "-f").code == 0
+    assert (header("a.phv").icc, header("a.phv").exif) == (b"", b"")
+
+
+def test_alpha_and_the_size_cap_reach_the_reader(cli: Cli) -> None:
+    pil.new("RGBA", (8, 8), (10, 20, 30, 128)).save("a.png")
+    outcome = cli("encode", "a.png")
+    assert outcome.code == 3
+    assert "--alpha drop, white or black" in outcome.err
+    assert cli("encode", "a.png", "--alpha", "white").code == 0
+    outcome = cli("encode", "a.png", "--alpha", "drop", "-f", "--max-pixels", "63")
+    assert outcome.code == 3
+    assert "over the cap of 63" in outcome.err
+
+
+def test_the_python_interface_writes_the_same_bytes(cli: Cli, scene: Path) -> None:
+    path = scene / "C2/00000001.png"
+    assert cli("encode", path, "-o", "a.phv", "-q", 62.5).code == 0
+    assert mvcodec.encode(path, quality=62.5, device="cpu") == Path("a.phv").read_bytes()
+    pixels = np.asarray(pil.open(io.BytesIO(path.read_bytes())))
+    by_array = mvcodec.encode(pixels, quality=62.5, camera_id="C2", frame=1)
+    assert by_array == Path("a.phv").read_bytes()
+    assert mvcodec.info(by_array)["camera_id"] == "C2"

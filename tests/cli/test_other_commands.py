@@ -1,0 +1,94 @@
+"""`info`, `verify`, `models`, `bench`, `demo` and `train` give what they promise."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image as pil
+
+from .conftest import Cli
+
+
+def test_info_is_one_object_per_file_concatenated_ones_included(cli: Cli, coded: Path) -> None:
+    paths = sorted(coded.rglob("*.phv"))
+    Path("all.phv").write_bytes(b"".join(path.read_bytes() for path in paths))
+    alone, together = cli("info", *paths, "--json").records, cli("info", "all.phv", "--json").records
+    assert [r.pop("file") for r in alone] == list(map(str, paths))
+    assert {r.pop("file") for r in together} == {"all.phv"}
+    assert alone == together
+    assert [r["camera_id"] for r in alone] == ["C1", "C1", "C2", "C2"]
+    text = cli("info", paths[0], "-v").out.decode()
+    assert "camera id        C1" in text
+    assert "slice 0 anchor" in text
+
+
+def test_info_of_a_truncated_file_says_so(cli: Cli, coded: Path) -> None:
+    path = coded / "C1/00000000.phv"
+    path.write_bytes(path.read_bytes()[:200])
+    assert [r["truncated"] for r in cli("info", path, "--json").records] == [True]
+
+
+def test_verify_goes_through_a_folder(cli: Cli, coded: Path) -> None:
+    for args in ([], ["--deep"]):
+        records = cli("verify", coded, "--json", *args).records
+        assert [(r["ok"], r["deep"]) for r in records] == [(True, bool(args))] * 4
+    (coded / "C2/00000000.phv").write_bytes(b"hello")
+    outcome = cli("verify", coded)
+    assert outcome.code == 6
+    assert outcome.out.count(b"intact") == 3
+
+
+def test_models_lists_what_can_be_loaded(cli: Cli, models: Path) -> None:
+    (record,) = (r for r in cli("models", "--json").records if r["name"] == "tiny")
+    assert (record["default"], record["profile"], record["path"]) == (
+        True,
+        "tiny",
+        str(models / "tiny.safetensors"),
+    )
+    assert len(record["model_id"]) == 16
+
+
+def test_bench_accounts_for_every_stage(cli: Cli, scene: Path) -> None:
+    pictures = [scene / "C1/00000000.png", scene / "C2/00000000.png"]
+    encode, decode = cli("bench", *pictures, "--runs", 2, "--warmup", 0, "--json").records
+    assert (encode["task"], encode["views"], decode["task"], decode["views"]) == ("encode", 1, "decode", 2)
+    assert {"read", "g_a", "h_a", "Para-EM", "coder", "container"} <= encode["stages"].keys()
+    assert {"parse", "coder", "Para-EM", "Para-JD", "write"} <= decode["stages"].keys()
+    for record in (encode, decode):
+        assert all(stage["median_ms"] >= 0 for stage in record["stages"].values())
+        assert record["total_ms"] > 0
+        assert record["peak_memory_mb"] > 0
+        assert record["device_name"]
+    assert b"Para-JD" in cli("bench", *pictures, "--runs", 1).out
+
+
+def test_demo_tells_each_view_and_leaves_its_files(cli: Cli, scene: Path) -> None:
+    for path in scene.glob("*/00000001.png"):
+        path.unlink()
+    shutil.move(scene / "C1/00000000.png", scene / "a.png")
+    shutil.move(scene / "C2/00000000.png", scene / "b.png")
+    outcome = cli("demo", scene, "--json")
+    assert outcome.code == 0, outcome.err
+    for record in outcome.records:
+        camera = record["camera_id"]
+        assert record["bytes"] == Path("demo", f"{camera}.phv").stat().st_size
+        assert record["psnr_joint_db"] > 0
+        assert record["ms_ssim_joint"] is None  # too small for five scales
+    assert [r["camera_id"] for r in outcome.records] == ["a", "b"]
+    with pil.open("demo/comparison.png") as comparison:
+        assert comparison.size == (4 * 320, 2 * 336)
+    assert b"MS-SSIM" in cli("demo", scene).out
+
+
+def test_train_resumes_and_its_weights_work(cli: Cli, scene: Path) -> None:
+    args = ["train", scene, "--profile", "tiny", "--out", "run", "--batch", 2, "--crop", 64, "--quiet"]
+    assert cli(*args, "--steps", 2).code == 0
+    outcome = cli(*args, "--steps", 3)
+    assert outcome.code == 2
+    assert "has a checkpoint; say --resume" in outcome.err
+    outcome = cli(*args, "--steps", 3, "--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    weights = outcome.records[0]["weights"]
+    assert cli("encode", scene / "C1/00000000.png", "-o", "a.phv", "--model", weights).code == 0
+    assert cli("decode", "a.phv", "--model", weights).code == 0
