@@ -103,9 +103,13 @@ def decode(
     groups = instants(views, lambda view: view.instant, window_us)
     everyone = {view.header.camera_id for view in views}
     for instant, members in report.progress(groups, "decode"):
-        todo = [view for view in members if id(view) in places and not targets.skips(places[id(view)])]
+        todo = []
+        for view in members:
+            if id(view) in places and targets.skips(places[id(view)]):
+                report.skipped(view.name, places[id(view)])
+            elif id(view) in places:
+                todo.append(view)
         if not todo:
-            report.detail(f"{instant}: nothing to do")
             continue
         name = todo[0].name if len(members) == 1 else str(instant)
         absent = everyone - {view.header.camera_id for view in members}

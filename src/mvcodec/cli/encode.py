@@ -138,7 +138,7 @@ def encode(
 
     for source, view, path in report.progress(list(zip(given, views, paths, strict=True)), "encode"):
         if targets.skips(path):
-            report.note(f"{label(source.path)}: {path} exists, skipped")
+            report.skipped(label(source.path), path)
             continue
         with report.file(label(source.path)):
             encode_one(source, view, path)

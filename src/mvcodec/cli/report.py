@@ -35,6 +35,11 @@ class Report:
         elif text is not None and not (err and self.quiet):
             click.echo(text, err=err)
 
+    def skipped(self, name: str, path: object) -> None:
+        """A file whose output was there already."""
+        record = {"file": name, "output": str(path), "skipped": True}
+        self.result(record, f"{name}: {path} exists, skipped", err=True)
+
     def show(self, text: str) -> None:
         """Part of the human result, beside those of single files: a table's head or foot."""
         if not self.as_json:

@@ -1,0 +1,40 @@
+"""Output is whole or absent."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from mvcodec.files import atomic
+
+
+def test_a_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.bin"
+    with atomic(target) as file:
+        file.write(b"half")
+        assert not target.exists()
+        file.write(b" and half")
+    assert target.read_bytes() == b"half and half"
+    assert [p.name for p in target.parent.iterdir()] == ["a.bin"]
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    with atomic(tmp_path / "atomic") as file:
+        file.write(b"")
+    plain, made = ((tmp_path / name).stat().st_mode for name in ("plain", "atomic"))
+    assert stat.S_IMODE(plain) == stat.S_IMODE(made)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_nothing_is_left_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    def write_half() -> None:
+        with atomic(tmp_path / "a.bin") as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
