@@ -87,7 +87,14 @@ def decode_set(
     for stream in streams:
         check_model(model, stream.header)
     # Order decides nothing: not even rounding. Ties of camera id are broken by content.
-    streams.sort(key=lambda s: (s.header.camera_id, s.header.frame or 0, s.hyper, s.slices[0].anchor if s.slices else b""))
+    streams.sort(
+        key=lambda s: (
+            s.header.camera_id,
+            s.header.frame or 0,
+            s.hyper,
+            s.slices[0].anchor if s.slices else b"",
+        )
+    )
     latents = [decode_latents(model, stream) for stream in streams]  # each [1, M, h_k, w_k]
     qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
     pictures = reconstruct(model, latents, qualities, joint)
@@ -104,7 +111,9 @@ def decode_set(
 
 
 @torch.inference_mode()
-def reconstruct(model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True) -> list[Tensor]:
+def reconstruct(
+    model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True
+) -> list[Tensor]:
     """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
@@ -119,7 +128,8 @@ def reconstruct(model: Model, latents: Sequence[Tensor], qualities: Tensor, join
     with _autocast(model):
         decoded = [picture for y, b in groups for picture in net.para_jd(y, b, joint)[0]]
     return [
-        picture[:, : 16 * size[0], : 16 * size[1]].float().clamp(0, 1) for picture, size in zip(decoded, sizes)
+        picture[:, : 16 * size[0], : 16 * size[1]].float().clamp(0, 1)
+        for picture, size in zip(decoded, sizes)
     ]
 
 

@@ -40,7 +40,7 @@ MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
 class Header:
     """What a file says about its picture. Raises UsageError for values that a file cannot hold."""
 
-    model_id: bytes  # first 8 bytes of the SHA-256 of the weights
+    model_id: bytes  # first 8 bytes of the SHA-256 of the entropy model (weights.py)
     profile: str  # "paper" | "fast" | "tiny"
     quality: float  # 0 .. 100, kept to 1/100: the encoder uses this rounded value too
     width: int  # of the original picture

@@ -1,6 +1,6 @@
 """ParaHydra wired from its blocks: configuration and data flow, no arithmetic of its own.
 
-    x --g_a--> y --gain--> y q --h_a--> z --round--> z_hat --h_s--> Phi_h --Para-EM--> y_hat --1/gain--> Para-JD --> x_hat
+x --g_a--> y --gain--> y q --h_a--> z --round--> z_hat --h_s--> Phi_h --Para-EM--> y_hat --1/gain--> Para-JD --> x_hat
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ class ModelConfig:
     latent_channels: int = 256  # M
     hyper_channels: int = 128  # N, of z
     prior_channels: int = 256  # of Phi_h
+    context_channels: int = 64  # of Phi_ch, Phi_lc, Phi_gc
     slices: int = 8
     parameter_widths: tuple[int, ...] = (224, 160)  # hidden layers of EP
     raw_slices: bool = True  # EP also sees the earlier slices themselves (1x1)
     window: int = 5
-    channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
+    channel_context: str = (
+        "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
+    )
     global_context: str = "pgcm"  # pgcm | mlic
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
     fusion_widths: tuple[int, int] = (96, 96)
@@ -61,6 +64,7 @@ PROFILES = {
         latent_channels=192,
         hyper_channels=192,
         prior_channels=384,
+        context_channels=60,
         parameter_widths=(320, 256, 128),
         raw_slices=False,
         fusion_widths=(192, 192),
@@ -70,6 +74,7 @@ PROFILES = {
         latent_channels=32,
         hyper_channels=16,
         prior_channels=32,
+        context_channels=16,
         slices=4,
         parameter_widths=(24,),
         fusion_widths=(16, 16),
@@ -102,7 +107,9 @@ class ParaHydra(nn.Module):
         coarse: nn.Module
         fine: nn.Module
         if c.transform == "klt":
-            self.g_a: nn.Module = tf.KltAnalysis(c.latent_channels, c.block_channels, *c.analysis_blocks, c.quality_knots)
+            self.g_a: nn.Module = tf.KltAnalysis(
+                c.latent_channels, c.block_channels, *c.analysis_blocks, c.quality_knots
+            )
             coarse = tf.KltSynthesisCoarse(c.latent_channels, c.synthesis_blocks[0], c.quality_knots)
             fine = tf.KltSynthesisFine(c.block_channels, c.synthesis_blocks[1], c.quality_knots)
             middle = tf.PIXELS
@@ -118,6 +125,7 @@ class ParaHydra(nn.Module):
         self.para_em = ParaEM(
             c.latent_channels,
             c.prior_channels,
+            c.context_channels,
             c.slices,
             c.parameter_widths,
             c.window,
@@ -135,7 +143,9 @@ class ParaHydra(nn.Module):
         spread = tf.start_as_klt(self.g_a, coarse, fine, covariance)
         self.para_em.ln_spread.copy_(spread.log()[:, None, None])
         middle_gain = log_gain_reference(0.5)
-        self.para_em.unit.copy_(torch.exp2((spread.log2() + middle_gain / math.log(2)).round().clamp(min=0))[:, None, None])
+        self.para_em.unit.copy_(
+            torch.exp2((spread.log2() + middle_gain / math.log(2)).round().clamp(min=0))[:, None, None]
+        )
 
     def forward(self, pictures: Tensor, t: Tensor, joint: bool = True) -> TrainingOutput:
         """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1]."""
@@ -157,9 +167,9 @@ class ParaHydra(nn.Module):
             y_bits = y_bits + hp.gaussian_bits(residual, ln_sigma.float())
             return hp.round_straight_through(residual) + mu
 
-        y_hat = self.para_em(hyper, log_gain_reference(0) + (log_gain_reference(1) - log_gain_reference(0)) * t.flatten(), code)
+        y_hat = self.para_em(
+            hyper, log_gain_reference(0) + (log_gain_reference(1) - log_gain_reference(0)) * t.flatten(), code
+        )
         y_hat = y_hat * self.gain.inverse(basis)
         x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint)
         return TrainingOutput(x_hat.float(), (y_bits + z_bits).unflatten(0, (batch, views)))
-
-

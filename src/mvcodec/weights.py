@@ -54,7 +54,7 @@ class Model:
 
 
 def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
-    """First 8 bytes of SHA-256 over the entropy path's tensors (name, shape, little-endian data) and the config."""
+    """First 8 bytes of SHA-256 over the entropy path: its tensors (name, shape, little-endian data) and config."""
     digest = hashlib.sha256()
     switches = {k: v for k, v in config.to_dict().items() if k not in ("joint", "fusion_widths", "profile")}
     digest.update(json.dumps(switches, sort_keys=True).encode())
@@ -128,7 +128,10 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     identity = entropy_id(tensors, config)
     tables = {
         kind: Tables(
-            **{part: _table(tensors, path, f"tables.{kind}.{part}") for part in ("counts", "lengths", "offsets")},
+            **{
+                part: _table(tensors, path, f"tables.{kind}.{part}")
+                for part in ("counts", "lengths", "offsets")
+            },
             skip_first=kind == "gaussian",
         )
         for kind in ("gaussian", "hyper")
@@ -139,7 +142,9 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ModelError(f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}"
+        ) from error
     if len(tables["hyper"]) != config.hyper_channels or len(tables["gaussian"]) != 64:
         raise ModelError(f"{path}: entropy tables do not fit the configuration")
     net.requires_grad_(False).eval()

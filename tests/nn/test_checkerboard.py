@@ -13,8 +13,12 @@ def test_anchors_are_the_positions_with_odd_row_plus_column():
     row, column = np.indices((4, 6))
     grid = torch.from_numpy(row * 10 + column)[None, None]
     anchor, other = split(grid)
-    assert sorted(anchor.flatten().tolist()) == [r * 10 + c for r in range(4) for c in range(6) if (r + c) % 2]
-    assert sorted(other.flatten().tolist()) == [r * 10 + c for r in range(4) for c in range(6) if not (r + c) % 2]
+    assert sorted(anchor.flatten().tolist()) == [
+        r * 10 + c for r in range(4) for c in range(6) if (r + c) % 2
+    ]
+    assert sorted(other.flatten().tolist()) == [
+        r * 10 + c for r in range(4) for c in range(6) if not (r + c) % 2
+    ]
 
 
 def test_merge_undoes_split():
@@ -30,9 +34,7 @@ def test_a_non_anchor_sees_exactly_the_anchors_of_its_5x5_window():
     column = 2 * packed
     (gradient,) = torch.autograd.grad(out[0, :, row, packed].sum(), anchors)
     seen = {(int(r), int(c)) for r, c in gradient[0].abs().sum(dim=0).nonzero()}
-    assert seen == {
-        (row + dy, column + dx) for dy in range(-2, 3) for dx in range(-2, 3) if (dy + dx) % 2
-    }
+    assert seen == {(row + dy, column + dx) for dy in range(-2, 3) for dx in range(-2, 3) if (dy + dx) % 2}
 
 
 def test_global_attention_in_chunks_is_exact():

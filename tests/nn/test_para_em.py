@@ -9,7 +9,7 @@ from tests.nn.test_parallax_attention import maps
 
 def entropy_model(**switches) -> ParaEM:
     torch.manual_seed(0)
-    model = ParaEM(16, 8, 4, (12,), **switches).double()
+    model = ParaEM(16, 8, 8, 4, (12,), **switches).double()
     for part in model.models:  # parameters that start at zero would hide every dependence
         for net in (part.anchor_parameters, part.other_parameters):
             torch.nn.init.normal_(net.last.weight)
@@ -44,7 +44,9 @@ def test_parameters_depend_on_earlier_steps_only(switches):
     parameters, values = parameters_and_values(entropy_model(**switches), maps(9, 1, 8, 4, 4))
     assert len(parameters) == 8  # 4 slices x (anchors, non-anchors)
     for step, found in enumerate(parameters):
-        gradients = torch.autograd.grad(found.sum(), values, allow_unused=True, retain_graph=True) if step else []
+        gradients = (
+            torch.autograd.grad(found.sum(), values, allow_unused=True, retain_graph=True) if step else []
+        )
         for source, gradient in enumerate(gradients):
             reached = gradient is not None and bool((gradient != 0).any())
             if source >= step:
@@ -60,7 +62,7 @@ def test_anchors_of_a_slice_are_predicted_without_any_value_of_that_slice():
 
 
 def test_an_untrained_model_predicts_the_prior_scale():
-    model = ParaEM(16, 8, 4, (12,)).double()
+    model = ParaEM(16, 8, 8, 4, (12,)).double()
     model.ln_spread.fill_(0.7)
     seen = []
 

@@ -67,9 +67,7 @@ def test_opam_equals_its_two_naive_stages():
     opam = OmniParallaxAttention(8).double()
     main, side = opam.features(maps(0, 1, 8, 5, 6)), opam.features(maps(1, 1, 8, 5, 6))
     horizontal, c_hor = naive_row_attention(main.row_key, side.row_key, side.value)
-    vertical, c_ver = naive_row_attention(
-        main.column_key.mT, opam.column_skm(horizontal).mT, horizontal.mT
-    )
+    vertical, c_ver = naive_row_attention(main.column_key.mT, opam.column_skm(horizontal).mT, horizontal.mT)
     found = opam(main, side)
     torch.testing.assert_close(found.feature, vertical.mT)
     torch.testing.assert_close(found.consistency, c_hor * c_ver.mT)  # Eq. (12)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAKY_SLOPE = 2.0**-3  # a power of two: an integer shift in the exact path
-BRANCH_GAIN = 0.1  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
+BRANCH_GAIN = (
+    0.1  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
+)
 
 
 def leaky(x: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from mvcodec.nn.local_context import CheckerboardAttention
 from mvcodec.nn.parallax_attention import SourceFeatures
 from mvcodec.nn.pmifm import ParallaxFusion
 
-LN_PRIOR_FLOOR = -1.2  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
+LN_PRIOR_FLOOR = (
+    -1.2
+)  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
 
 # code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
 CodeStep = Callable[[int, Tensor, Tensor], Tensor]
@@ -81,13 +83,14 @@ class EntropyParameters(nn.Module):
 
 
 class SliceModel(nn.Module):
-    """Contexts and parameter nets of one slice."""
+    """Contexts and parameter nets of one slice; each Phi but Phi_h has `context` channels."""
 
     def __init__(
         self,
         index: int,
         channels: int,
         hyper_channels: int,
+        context: int,
         widths: tuple[int, ...],
         window: int,
         channel_context: str,
@@ -96,7 +99,6 @@ class SliceModel(nn.Module):
     ) -> None:
         super().__init__()
         self.raw_slices = raw_slices
-        context = 2 * channels  # channels of each Phi
         self.channel_context: nn.Module | None = None
         if index and channel_context == "plain":
             self.channel_context = PlainChannelContext(channels, index, context)
@@ -107,7 +109,9 @@ class SliceModel(nn.Module):
         self.local_context = CheckerboardAttention(channels, guide, context, window)
         # MLIC guides its intra-slice context by the slice before alone; PGCM by the whole channel context.
         self.guided_by_last = global_context == "mlic" and index > 0
-        self.global_context = ParallaxGlobalContext(channels, channels if self.guided_by_last else guide, context)
+        self.global_context = ParallaxGlobalContext(
+            channels, channels if self.guided_by_last else guide, context
+        )
         self.anchor_parameters = EntropyParameters(known, widths, channels)
         self.other_parameters = EntropyParameters(known + 2 * context, widths, channels)
 
@@ -123,6 +127,7 @@ class ParaEM(nn.Module):
         self,
         latent_channels: int,
         hyper_channels: int,
+        context_channels: int,
         slices: int,
         widths: tuple[int, ...],
         window: int = 5,
@@ -134,7 +139,15 @@ class ParaEM(nn.Module):
         self.slice_channels = latent_channels // slices
         self.models = nn.ModuleList(
             SliceModel(
-                i, self.slice_channels, hyper_channels, widths, window, channel_context, global_context, raw_slices
+                i,
+                self.slice_channels,
+                hyper_channels,
+                context_channels,
+                widths,
+                window,
+                channel_context,
+                global_context,
+                raw_slices,
             )
             for i in range(slices)
         )
@@ -174,5 +187,3 @@ class ParaEM(nn.Module):
             done.append(merge(anchor, other))
             seen.append(done[-1] / unit)
         return torch.cat(done, dim=1)
-
-

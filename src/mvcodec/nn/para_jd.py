@@ -33,13 +33,20 @@ class ParaJD(nn.Module):
     """Para-JD around a two-stage synthesis. mode "none" leaves fusion out altogether (separate decoding)."""
 
     def __init__(
-        self, coarse: nn.Module, fine: nn.Module, channels: tuple[int, int], widths: tuple[int, int], mode: str
+        self,
+        coarse: nn.Module,
+        fine: nn.Module,
+        channels: tuple[int, int],
+        widths: tuple[int, int],
+        mode: str,
     ) -> None:
         super().__init__()
         self.coarse, self.fine = coarse, fine
         self.fusions = nn.ModuleList()
         if mode != "none":
-            self.fusions.extend(ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in zip(channels, widths))
+            self.fusions.extend(
+                ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in zip(channels, widths)
+            )
 
     def forward(self, y_hat: Tensor, quality: Tensor, joint: bool = True) -> Tensor:
         """y_hat [B, K, M, h, w] (gain undone), quality [B, K, knots] -> x_hat [B, K, 3, H, W], not clamped.

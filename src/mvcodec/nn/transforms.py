@@ -37,7 +37,9 @@ class QualityStack(nn.Module):
 class KltAnalysis(nn.Module):
     """g_a of the `klt` kind: x [B, 3, H, W] in [0, 1] -> y [B, M, H/16, W/16], before the gain."""
 
-    def __init__(self, latent_channels: int, hidden: int, blocks8: int, blocks16: int, quality_knots: int) -> None:
+    def __init__(
+        self, latent_channels: int, hidden: int, blocks8: int, blocks16: int, quality_knots: int
+    ) -> None:
         super().__init__()
         self.stage8 = QualityStack(PIXELS, hidden, blocks8, quality_knots)
         self.klt = nn.Conv2d(PIXELS, latent_channels, 2, stride=2)
@@ -140,7 +142,9 @@ class PaperSynthesisFine(nn.Module):
 
     def __init__(self, latent_channels: int) -> None:
         super().__init__()
-        self.layers = _convolutions((latent_channels, latent_channels, 3), transposed=True, last_is_picture=True)
+        self.layers = _convolutions(
+            (latent_channels, latent_channels, 3), transposed=True, last_is_picture=True
+        )
 
     def forward(self, f: Tensor, quality: Tensor) -> Tensor:
         return self.layers(f)

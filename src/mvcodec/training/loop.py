@@ -203,7 +203,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
-        norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups]
+        norms = [
+            nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups
+        ]
         norm = torch.stack(norms).max()
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -272,7 +274,9 @@ class Trainer:
                 pending.append(self.train_step())
                 bar.update()
                 last = pending[-1]
-                bar.set_postfix(loss=f"{last['loss']:.3f}", bpp=f"{last['bpp']:.3f}", psnr=f"{last['psnr']:.2f}")
+                bar.set_postfix(
+                    loss=f"{last['loss']:.3f}", bpp=f"{last['bpp']:.3f}", psnr=f"{last['psnr']:.2f}"
+                )
                 if self.validation and self.step % self.config.validate_every == 0:
                     rows = self.validate()
                     append_rows(self.run / "validation.csv", rows)

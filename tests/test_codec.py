@@ -1,0 +1,146 @@
+"""encode_image and decode_set on the untrained tiny model: bits are exact whatever the weights are."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mvcodec.codec import decode_set, encode_image
+from mvcodec.container import Stream, pack, unpack
+from mvcodec.errors import DesyncError, ModelError, UsageError
+from mvcodec.images import Image
+from mvcodec.latents import decode_latents, encode_latents, snap
+from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.weights import export_model, load_model
+from tests.conftest import smooth_picture
+
+
+def encoded(model, height=48, width=80, seed=0, quality=60.0, **header) -> bytes:
+    return encode_image(model, Image(smooth_picture(height, width, seed)), quality, **header)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def test_decoder_recovers_the_encoders_latents_exactly(tiny_model):
+    torch.manual_seed(0)
+    y = 3 * torch.randn(1, 32, 8, 12)
+    z = 2 * torch.randn(1, 16, 2, 3)
+    latents = encode_latents(tiny_model, y, z, 0.42)
+    header = dataclasses.replace(unpack(encoded(tiny_model)).header, width=192, height=128, quality=42.0)
+    decoded = decode_latents(tiny_model, Stream(header, latents.hyper, latents.slices))
+    assert torch.equal(decoded, latents.y_hat)
+    assert (decoded * 64 == (decoded * 64).round()).all()  # on the grid
+    coded = snap(torch.zeros(()), torch.zeros(()))[1]  # sigma 1 is coded, not skipped
+    assert coded > 0
+
+
+def test_quality_buys_fidelity_with_bytes(tiny_model):
+    picture = smooth_picture(128, 192)
+    files = [encode_image(tiny_model, Image(picture), q) for q in (0, 50, 100)]
+    fidelity = [psnr(picture, decode_set(tiny_model, [f])[0].pixels) for f in files]
+    assert len(files[0]) < len(files[1]) < len(files[2])
+    assert fidelity[0] < fidelity[1] < fidelity[2]
+    assert fidelity[2] > 30
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 70), (63, 64), (65, 64), (64, 128), (100, 37)])
+def test_every_size_comes_back_in_its_size(tiny_model, height, width):
+    (view,) = decode_set(tiny_model, [encoded(tiny_model, height, width)])
+    assert view.pixels.shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_any_number_of_views_of_different_sizes_and_qualities(tiny_model, count):
+    files = [
+        encoded(tiny_model, 40 + 8 * k, 90 - 8 * k, seed=k, quality=10 * k, camera_id=f"cam{k}")
+        for k in range(count)
+    ]
+    views = decode_set(tiny_model, files)
+    assert [v.pixels.shape for v in views] == [(40 + 8 * k, 90 - 8 * k, 3) for k in range(count)]
+    assert [len(v.peers) for v in views] == [count - 1] * count
+
+
+def test_argument_order_never_changes_a_result(tiny_model):
+    files = [encoded(tiny_model, seed=k, camera_id=f"cam{k}") for k in range(3)]
+    forward, backward = decode_set(tiny_model, files), decode_set(tiny_model, files[::-1])
+    assert [v.header.camera_id for v in backward] == ["cam0", "cam1", "cam2"]
+    for a, b in zip(forward, backward, strict=True):
+        assert np.array_equal(a.pixels, b.pixels)
+
+
+def test_grey_and_16_bit_come_back_as_what_they_were(tiny_model):
+    grey = smooth_picture(50, 60)[..., 0]
+    deep = smooth_picture(50, 60).astype(np.uint16) * 257
+    for pixels in (grey, deep, deep[..., 0]):
+        (view,) = decode_set(tiny_model, [encode_image(tiny_model, Image(pixels), 90)])
+        assert (view.pixels.shape, view.pixels.dtype) == (pixels.shape, pixels.dtype)
+
+
+def test_profile_and_header_fields_survive(tiny_model):
+    image = Image(smooth_picture(20, 30), icc=b"profile", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    data = encode_image(tiny_model, image, 33.333, camera_id="süd", frame=7, timestamp_us=123456)
+    (view,) = decode_set(tiny_model, [data])
+    assert (view.header.camera_id, view.header.frame, view.header.timestamp_us) == ("süd", 7, 123456)
+    assert view.header.quality == 33.33
+    assert (view.image.icc, view.image.exif) == (image.icc, image.exif)
+
+
+def test_quality_outside_its_range_is_refused(tiny_model):
+    for quality in (-0.1, 100.5, float("nan")):
+        with pytest.raises(UsageError, match="between 0 and 100"):
+            encoded(tiny_model, quality=quality)
+
+
+def test_a_file_of_other_weights_is_refused(tiny_model, tmp_path):
+    torch.manual_seed(5)
+    export_model(ParaHydra(config_for("tiny")), tmp_path / "other.safetensors")
+    other = load_model(tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="was written with tiny model"):
+        decode_set(other, [encoded(tiny_model)])
+
+
+def test_a_better_joint_decoder_keeps_the_model_id(tiny_model_file, tmp_path):
+    model = load_model(tiny_model_file)
+    net = ParaHydra(model.net.config)
+    net.load_state_dict(model.net.state_dict())
+    torch.nn.init.normal_(net.para_jd.fusions[0].gain)
+    assert export_model(net.float(), tmp_path / "refined.safetensors") == model.id
+
+
+def test_parameters_that_differ_are_reported_as_desynchronisation(tiny_model, tiny_model_file):
+    data = encoded(tiny_model, 64, 64)
+    model = load_model(tiny_model_file)
+    model.net.para_em.models[0].anchor_parameters.last.bias += 0.5  # another machine's arithmetic
+    with pytest.raises(DesyncError, match="slice 0"):
+        decode_set(model, [data])
+
+
+def test_a_damaged_file_decodes_as_far_as_it_is_intact(tiny_model):
+    picture = smooth_picture(128, 128)
+    data = encode_image(tiny_model, Image(picture), 60)
+    whole = psnr(picture, decode_set(tiny_model, [data])[0].pixels)
+    stream = unpack(data)
+    tail = len(stream.slices[-1].anchor) + len(stream.slices[-1].non_anchor or b"") + 4
+    (view,) = decode_set(tiny_model, [data[: -tail - 1]], partial=True)
+    assert view.damage is not None
+    assert 10 < psnr(picture, view.pixels) < whole
+
+
+def test_files_are_the_same_whatever_the_number_of_threads(tiny_model):
+    threads = torch.get_num_threads()
+    try:
+        files = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            files.append(decode_latents(tiny_model, unpack(encoded(tiny_model))))
+        assert torch.equal(*files)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_repacking_is_identity(tiny_model):
+    data = encoded(tiny_model)
+    assert pack(unpack(data)) == data

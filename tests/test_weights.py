@@ -1,0 +1,63 @@
+"""Model files: what is wrong with one is said, and nothing wrong is loaded."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvcodec.errors import ModelError
+from mvcodec.weights import available_models, find_model, load_model, read_model_file
+
+
+def rewritten(source, target, change):
+    tensors, config, _ = read_model_file(source)
+    metadata = {"format": "mvcodec-weights-1", "config": __import__("json").dumps(config.to_dict())}
+    change(tensors, metadata)
+    save_file(tensors, target, metadata)
+    return target
+
+
+def test_loaded_weights_are_the_exported_ones_in_half_precision(tiny_model_file, tiny_model):
+    stored = load_file(tiny_model_file)
+    assert stored["g_a.klt.weight"].dtype == torch.float16
+    assert torch.equal(tiny_model.net.g_a.klt.weight, stored["g_a.klt.weight"].float())
+    assert tiny_model.net.para_em.unit.dtype == torch.float64
+
+
+def test_id_depends_on_the_entropy_path(tiny_model_file, tiny_model, tmp_path):
+    def change(tensors, metadata):
+        tensors["h_s.conv3.bias"][0] += 1
+
+    other = load_model(rewritten(tiny_model_file, tmp_path / "m.safetensors", change))
+    assert len(other.id) == 8
+    assert other.id != tiny_model.id
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("tables.hyper.counts"), "tables.hyper.counts is missing"),
+        (lambda t, m: t["tables.gaussian.counts"].add_(1), "sum"),
+        (lambda t, m: t.pop("g_a.klt.weight"), "do not fit their configuration"),
+        (lambda t, m: m.update(config="{}["), "no valid configuration"),
+        (lambda t, m: m.update(format="other"), "not an mvcodec model file"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tiny_model_file, tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        load_model(rewritten(tiny_model_file, tmp_path / "bad.safetensors", change))
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
+    with pytest.raises(ModelError, match="not a readable model file"):
+        load_model(tmp_path / "junk.safetensors")
+    with pytest.raises(ModelError, match="does not exist"):
+        load_model(tmp_path / "absent.safetensors")
+
+
+def test_unknown_names_list_the_known_ones(tiny_model_file, monkeypatch):
+    monkeypatch.setenv("MVCODEC_MODELS", str(tiny_model_file.parent))
+    assert tiny_model_file in available_models()
+    assert find_model("tiny") == tiny_model_file
+    with pytest.raises(ModelError, match=r"no model named 'huge'; available: .*tiny"):
+        find_model("huge")
