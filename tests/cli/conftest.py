@@ -49,13 +49,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
-) -> Cli:
-    """Calls `mvcodec` in an empty folder with the tiny model as its default."""
+def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with the tiny model as the default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MVCODEC_MODELS", str(models))
     monkeypatch.setattr("mvcodec.weights.DEFAULT_MODEL", "tiny")
+    return tmp_path
+
+
+@pytest.fixture
+def cli(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
+    """Calls `mvcodec` in the workplace."""
 
     def call(*args: object, stdin: bytes = b"") -> Outcome:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
