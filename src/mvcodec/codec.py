@@ -106,7 +106,7 @@ def decode_set(
             tuple(ids[:k] + ids[k + 1 :]) if joint else (),
             stream.damage,
         )
-        for k, (stream, picture) in enumerate(zip(streams, pictures))
+        for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True))
     ]
 
 
@@ -117,19 +117,19 @@ def reconstruct(
     """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
-    scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis)]
+    scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis, strict=True)]
     sizes = [y.shape[2:] for y in scaled]
     if joint:
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in scaled]
         groups = [(torch.stack(views, dim=1), basis[None])]  # [1, K, M, h, w]
     else:
-        groups = [(y[None], b[None, None]) for y, b in zip(scaled, basis)]
+        groups = [(y[None], b[None, None]) for y, b in zip(scaled, basis, strict=True)]
     with _autocast(model):
         decoded = [picture for y, b in groups for picture in net.para_jd(y, b, joint)[0]]
     return [
         picture[:, : 16 * size[0], : 16 * size[1]].float().clamp(0, 1)
-        for picture, size in zip(decoded, sizes)
+        for picture, size in zip(decoded, sizes, strict=True)
     ]
 
 

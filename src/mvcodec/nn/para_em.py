@@ -11,6 +11,7 @@ returns the decoded values. A later slice cannot reach an earlier one because it
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class EntropyParameters(nn.Module):
     def __init__(self, channels_in: int, hidden: tuple[int, ...], channels_out: int) -> None:
         super().__init__()
         widths = [channels_in, *hidden]
-        self.hidden = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths[:-1], widths[1:]))
+        self.hidden = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(widths))
         self.last = nn.Conv2d(widths[-1], 2 * channels_out, 1)
 
     def start_as_prior(self) -> None:
@@ -171,7 +172,7 @@ class ParaEM(nn.Module):
             if model.channel_context is not None:
                 guide = model.channel_context(seen)
                 known = torch.cat([guide, *seen], dim=1) if model.raw_slices else guide
-                for inputs, half in zip((anchor_inputs, other_inputs), split(known)):
+                for inputs, half in zip((anchor_inputs, other_inputs), split(known), strict=True):
                     inputs.append(half)
 
             mu, ln_sigma = model.anchor_parameters(torch.cat(anchor_inputs, dim=1))
