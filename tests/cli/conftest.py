@@ -34,18 +34,9 @@ Cli = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tiny_model_file: Path) -> Path:
     """A folder with one model, `tiny`: untrained, which changes no rule of the command line."""
-    import torch
-
-    from mvcodec.parahydra import ParaHydra, config_for
-    from mvcodec.weights import export_model
-
-    folder = tmp_path_factory.mktemp("models")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        export_model(ParaHydra(config_for("tiny")), folder / "tiny.safetensors")
-    return folder
+    return tiny_model_file.parent
 
 
 @pytest.fixture
