@@ -78,9 +78,7 @@ def test_an_instant_has_a_name_for_messages() -> None:
     assert list(map(str, instants_named)) == ["the scene", "scene door", "frame 3", "time 5 us"]
 
 
-_KEY = st.builds(
-    Instant, st.none() | st.integers(0, 3), st.none() | st.integers(0, 50), st.sampled_from(["a", "b"])
-)
+_KEY = st.builds(Instant, st.none() | st.integers(0, 3), st.none() | st.integers(0, 50), st.sampled_from(["a", "b"]))
 
 
 @given(keys=st.lists(_KEY), window=st.integers(0, 60))
@@ -106,9 +104,7 @@ def test_files_and_folders_are_found_with_the_path_that_output_mirrors(tmp_path:
     assert [s.relative.as_posix() for s in find([places[0]], PICTURE_SUFFIXES)] == ["0.png"]
     files = find([tmp_path / "C2/0.PNG", tmp_path / "C1/0.png", tmp_path / "C2/0.PNG"], PICTURE_SUFFIXES)
     assert [(s.relative.as_posix(), s.place) for s in files] == [("C2/0.PNG", ""), ("C1/0.png", "")]
-    assert [s.relative.as_posix() for s in find([tmp_path / "C2/notes.txt"], PICTURE_SUFFIXES)] == [
-        "notes.txt"
-    ]
+    assert [s.relative.as_posix() for s in find([tmp_path / "C2/notes.txt"], PICTURE_SUFFIXES)] == ["notes.txt"]
     with pytest.raises(UsageError, match="no such file"):
         find([tmp_path / "C3"], PICTURE_SUFFIXES)
     with pytest.raises(UsageError, match=r"holds no \.phv"):

@@ -65,9 +65,7 @@ def test_grey_kinds_stay_grey() -> None:
 def test_palette_becomes_rgb() -> None:
     palette = pil.fromarray(RGB).quantize(16)
     np.testing.assert_array_equal(images.read(saved(palette)).pixels, np.asarray(palette.convert("RGB")))
-    np.testing.assert_array_equal(
-        images.read(saved(palette, "GIF")).pixels, np.asarray(palette.convert("RGB"))
-    )
+    np.testing.assert_array_equal(images.read(saved(palette, "GIF")).pixels, np.asarray(palette.convert("RGB")))
 
 
 def test_all_sixteen_bits_of_colour_are_read(tmp_path: Path) -> None:
@@ -191,9 +189,7 @@ def test_arrays_that_are_no_picture_are_refused(pixels: np.ndarray) -> None:
         Image(pixels)
 
 
-@pytest.mark.parametrize(
-    ("name", "pixels"), [("a.jpg", GREY16), ("a.tif", RGB16), ("a.nothing", RGB), ("a", RGB)]
-)
+@pytest.mark.parametrize(("name", "pixels"), [("a.jpg", GREY16), ("a.tif", RGB16), ("a.nothing", RGB), ("a", RGB)])
 def test_formats_that_cannot_hold_it_are_refused_and_leave_no_file(
     tmp_path: Path, name: str, pixels: np.ndarray
 ) -> None:

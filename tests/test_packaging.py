@@ -33,16 +33,12 @@ def test_wheel_carries_code_weights_and_example(installed: Path) -> None:
         assert names
         assert sorted(path.name for path in (package / folder).iterdir()) == names
     assert (package / "py.typed").exists()
-    assert {path.name for path in (ROOT / "src/mvcodec").glob("*.py")} == {
-        p.name for p in package.glob("*.py")
-    }
+    assert {path.name for path in (ROOT / "src/mvcodec").glob("*.py")} == {p.name for p in package.glob("*.py")}
     assert not list(installed.rglob("test_*.py"))
 
 
 def test_installed_package_finds_its_data_inside_itself(installed: Path, tmp_path: Path) -> None:
-    program = (
-        "from mvcodec.files import shipped; print(shipped('models')); print(shipped('examples/nineveh'))"
-    )
+    program = "from mvcodec.files import shipped; print(shipped('models')); print(shipped('examples/nineveh'))"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     run = subprocess.run(
         [sys.executable, "-c", program],

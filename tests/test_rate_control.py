@@ -27,11 +27,7 @@ def test_result_is_at_or_under_the_budget(smallest: int, growth: float, budget: 
         data, quality = encode_within(encode, budget)
         assert len(data) <= budget
         assert abs(len(data) - smallest * growth**quality) <= noise + 1
-        assert (
-            len(data) >= 0.99 * budget
-            or quality > 99.8
-            or smallest * growth ** (quality + 0.2) > budget - noise
-        )
+        assert len(data) >= 0.99 * budget or quality > 99.8 or smallest * growth ** (quality + 0.2) > budget - noise
     elif smallest > budget:
         with pytest.raises(MvcodecError, match="at quality 0"):
             encode_within(encode, budget)

@@ -131,9 +131,7 @@ def _name_of_id(model_id: bytes, profile: str) -> str:
         if weights.entropy_id(tensors, config) == model_id:
             return str(path)
     known = ", ".join(path.stem for path in paths) or "none"
-    raise ModelError(
-        f"was written with the {profile} model {model_id.hex()}, which is not here (available: {known})"
-    )
+    raise ModelError(f"was written with the {profile} model {model_id.hex()}, which is not here (available: {known})")
 
 
 def _stream(file: File, partial: bool) -> Stream:

@@ -103,9 +103,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     literals, names = parts[::2], parts[1::2]
     unknown = [name for name in names if name not in _FIELDS]
     if unknown or not names or len(set(names)) < len(names):
-        raise UsageError(
-            f"name pattern {pattern!r}: use each of {{camera}}, {{frame}}, {{time_us}} at most once"
-        )
+        raise UsageError(f"name pattern {pattern!r}: use each of {{camera}}, {{frame}}, {{time_us}} at most once")
     body = re.escape(literals[0])
     for name, literal in zip(names, literals[1:], strict=True):
         body += _FIELDS[name] + re.escape(literal)
@@ -130,9 +128,7 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in wanted and p.is_file())
             if not inside:
-                raise UsageError(
-                    f"{path}: holds no {'.phv files' if STREAM_SUFFIX in wanted else 'pictures'}"
-                )
+                raise UsageError(f"{path}: holds no {'.phv files' if STREAM_SUFFIX in wanted else 'pictures'}")
             for file in inside:
                 found[file] = Source(file, file.absolute().relative_to(root), str(file.parent))
         else:
@@ -140,9 +136,7 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
     return list(found.values())
 
 
-def instants(
-    views: Iterable[T], when: Callable[[T], Instant], window_us: int = 0
-) -> list[tuple[Instant, list[T]]]:
+def instants(views: Iterable[T], when: Callable[[T], Instant], window_us: int = 0) -> list[tuple[Instant, list[T]]]:
     """Group views by instant, in order of time; inside a group the order of `views` is kept.
 
     The frame number decides where there is one. Views with a timestamp alone come together when they lie

@@ -99,9 +99,7 @@ class Image:
         return replace(self, icc=b"", exif=b"")
 
 
-def read(
-    source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max_pixels: int = MAX_PIXELS
-) -> Image:
+def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max_pixels: int = MAX_PIXELS) -> Image:
     """Read a picture from a path or from the bytes of a file.
 
     Raises PictureError for anything that is no picture, is damaged, exceeds `max_pixels`, or is of a kind
@@ -179,9 +177,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile:
         raise PictureError("is not a picture of a known format") from error
     width, height = picture.size
     if width * height > max_pixels:
-        raise PictureError(
-            f"has {width} x {height} pixels, over the cap of {max_pixels}; raise it with --max-pixels"
-        )
+        raise PictureError(f"has {width} x {height} pixels, over the cap of {max_pixels}; raise it with --max-pixels")
     return picture
 
 

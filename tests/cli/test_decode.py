@@ -25,9 +25,7 @@ def test_output_mirrors_input_and_views_of_an_instant_meet(cli: Cli, coded: Path
     assert outcome.code == 0
     assert outcome.err == ""
     by_name = {Path(r["output"]).as_posix(): r for r in outcome.records}
-    assert sorted(by_name) == [
-        f"out/{camera}/0000000{frame}.png" for camera in ("C1", "C2") for frame in (0, 1)
-    ]
+    assert sorted(by_name) == [f"out/{camera}/0000000{frame}.png" for camera in ("C1", "C2") for frame in (0, 1)]
     assert by_name["out/C1/00000001.png"]["peers"] == ["C2"]
     for name, size in (("out/C1/00000000.png", (50, 70, 3)), ("out/C2/00000000.png", (64, 64, 3))):
         assert pixels(name).shape == size

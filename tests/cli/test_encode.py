@@ -26,9 +26,7 @@ def test_a_folder_is_mirrored_and_the_header_says_camera_and_frame(cli: Cli, sce
     assert outcome.err == ""
     for record in outcome.records:
         written = header(record["output"])
-        assert Path(record["output"]) == Path("coded", Path(record["file"]).relative_to(scene)).with_suffix(
-            ".phv"
-        )
+        assert Path(record["output"]) == Path("coded", Path(record["file"]).relative_to(scene)).with_suffix(".phv")
         assert (record["camera_id"], record["frame"]) == (written.camera_id, written.frame)
         assert record["bytes"] == Path(record["output"]).stat().st_size
     named = [(record["camera_id"], record["frame"]) for record in outcome.records]

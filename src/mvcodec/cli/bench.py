@@ -27,12 +27,8 @@ if TYPE_CHECKING:
 @click.command(short_help="Measure the time of every stage.")
 @click.argument("inputs", nargs=-1, metavar="[PICTURE|DIR]...")
 @click.option("-q", "--quality", type=click.FloatRange(0, 100), default=50.0, show_default=True)
-@click.option(
-    "--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Measured repetitions."
-)
-@click.option(
-    "--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Unmeasured ones before."
-)
+@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Measured repetitions.")
+@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Unmeasured ones before.")
 @click.option("--preview", is_flag=True, help="Decode each view alone.")
 @running
 @reporting
@@ -146,9 +142,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 def _table(record: dict[str, Any]) -> str:
     views = "1 view" if record["views"] == 1 else f"{record['views']} views"
-    lines = [
-        f"{record['task']}, {views}, {record['megapixels']} MP, {record['device_name']} ({record['device']})"
-    ]
+    lines = [f"{record['task']}, {views}, {record['megapixels']} MP, {record['device_name']} ({record['device']})"]
     for stage, spread in record["stages"].items():
         lines.append(f"  {stage:<12}{spread['median_ms']:>10.1f} ms  +-{spread['iqr_ms']:>8.1f}")
     lines.append(f"  {'total':<12}{record['total_ms']:>10.1f} ms  +-{record['total_iqr_ms']:>8.1f}")

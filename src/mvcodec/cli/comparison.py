@@ -91,8 +91,6 @@ def _tile(caption: str, image: Image) -> NDArray[np.uint8]:
     picture = _eight_bit(image).convert("RGB")
     left, top = max(0, (image.width - TILE) // 2), max(0, (image.height - TILE) // 2)
     tile = pil.new("RGB", (TILE, TILE + CAPTION), "white")
-    tile.paste(
-        picture.crop((left, top, min(image.width, left + TILE), min(image.height, top + TILE))), (0, CAPTION)
-    )
+    tile.paste(picture.crop((left, top, min(image.width, left + TILE), min(image.height, top + TILE))), (0, CAPTION))
     ImageDraw.Draw(tile).text((4, 2), caption, fill="black")
     return np.asarray(tile)

@@ -51,9 +51,7 @@ class Received:
     metavar="CAM",
     help="Write this camera alone (repeatable); the others still help.",
 )
-@click.option(
-    "--require", type=click.IntRange(min=1), metavar="N", help="Fail an instant with fewer than N views."
-)
+@click.option("--require", type=click.IntRange(min=1), metavar="N", help="Fail an instant with fewer than N views.")
 @click.option("--preview", is_flag=True, help="Decode each view alone: faster, without help from the others.")
 @click.option("--partial", is_flag=True, help="Of a damaged or truncated file decode what is intact.")
 @click.option(
@@ -177,9 +175,7 @@ def _refuse_twins(members: Sequence[Received]) -> None:
     for view in members:
         camera = view.header.camera_id
         if camera and camera in names:
-            raise UsageError(
-                f"camera {camera} is there twice, {names[camera]} and {view.name}; decode them one by one"
-            )
+            raise UsageError(f"camera {camera} is there twice, {names[camera]} and {view.name}; decode them one by one")
         names[camera] = view.name
 
 

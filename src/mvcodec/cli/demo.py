@@ -22,15 +22,11 @@ UNITS = f"{'':<26}{'':>9}{'':>8}{'alone  joint':>17}{'alone   joint':>19}{'encod
 
 @click.command(short_help="Encode and decode a real scene of three cameras.")
 @click.argument("scene", required=False, metavar="[DIR]", type=click.Path(exists=True, file_okay=False))
-@click.option(
-    "-o", "--output", default="demo", show_default=True, metavar="DIR", help="Everything lands here."
-)
+@click.option("-o", "--output", default="demo", show_default=True, metavar="DIR", help="Everything lands here.")
 @click.option("-q", "--quality", type=click.FloatRange(0, 100), default=50.0, show_default=True)
 @running
 @reporting
-def demo(
-    report: Report, scene: str | None, output: str, quality: float, model: str | None, device: str
-) -> None:
+def demo(report: Report, scene: str | None, output: str, quality: float, model: str | None, device: str) -> None:
     """Encode the example scene (or DIR) one camera at a time, decode all views together, and compare.
 
     Writes the .phv files, the decoded pictures and comparison.png: per view the original, JPEG of as many
@@ -39,9 +35,7 @@ def demo(
     from mvcodec import api, images
     from mvcodec.cli.comparison import compare, ms_ssim, psnr
 
-    pictures = [
-        source.path for source in sources([scene or str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)
-    ]
+    pictures = [source.path for source in sources([scene or str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
     folder = Path(output)
     weights = api.load_model(model, device)
     report.note(f"model {weights.name} {weights.id.hex()} on {weights.device}, quality {quality:g}")

@@ -41,9 +41,7 @@ if TYPE_CHECKING:
 @placing
 @click.option("--camera-id", help="Camera named in the file. Default: from the picture's name or folder.")
 @click.option("--frame", type=click.IntRange(min=0), help="Frame number. Default: from the name.")
-@click.option(
-    "--timestamp-us", type=click.IntRange(min=0), help="Time in microseconds. Default: from the name."
-)
+@click.option("--timestamp-us", type=click.IntRange(min=0), help="Time in microseconds. Default: from the name.")
 @click.option(
     "--names",
     default=AUTO,
@@ -94,9 +92,7 @@ def encode(
         raise UsageError("--target-bpp and --target-size exclude each other")
     given = sources(inputs, PICTURE_SUFFIXES)
     if len(given) > 1 and (frame is not None or timestamp_us is not None):
-        raise UsageError(
-            "--frame and --timestamp-us are for one picture; let --names read them from the names"
-        )
+        raise UsageError("--frame and --timestamp-us are for one picture; let --names read them from the names")
     views = [_view(source, names, camera_id, frame, timestamp_us) for source in given]
     targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
     targets.check_stdout(report.as_json)
@@ -145,9 +141,7 @@ def encode(
     report.finish()
 
 
-def _view(
-    source: Source, names: str, camera_id: str | None, frame: int | None, timestamp_us: int | None
-) -> ViewName:
+def _view(source: Source, names: str, camera_id: str | None, frame: int | None, timestamp_us: int | None) -> ViewName:
     """Which camera and when: what the options say, else what the name says."""
     name = ViewName("") if source.path == STDIN else name_of(source.path.absolute(), names)
     return ViewName(

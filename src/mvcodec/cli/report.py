@@ -126,9 +126,7 @@ def size_in_bytes(ctx: click.Context, option: click.Parameter, value: str | None
     """Bytes from 50000, 50k or 1.5M (powers of 1000)."""
     if value is None:
         return None
-    number, factor = (
-        (value[:-1], {"k": 1e3, "m": 1e6}[value[-1].lower()]) if value[-1:] in "kKmM" else (value, 1)
-    )
+    number, factor = (value[:-1], {"k": 1e3, "m": 1e6}[value[-1].lower()]) if value[-1:] in "kKmM" else (value, 1)
     try:
         size = int(float(number) * factor)
     except (ValueError, OverflowError):

@@ -62,9 +62,7 @@ class Targets:
     -o names a folder if it is one, ends in a slash or has no ending such as .png; else it names one file.
     """
 
-    def __init__(
-        self, output: str | None, inputs: Sequence[str], *, force: bool, skip_existing: bool
-    ) -> None:
+    def __init__(self, output: str | None, inputs: Sequence[str], *, force: bool, skip_existing: bool) -> None:
         self.force, self.skip_existing = force, skip_existing
         self.to_stdout = output == "-" or (output is None and list(inputs) == ["-"])
         if self.to_stdout and sys.stdout.isatty():
@@ -85,9 +83,7 @@ class Targets:
         if self.to_stdout:
             return [STDIN] * len(wanted)
         if self.output is not None and not self.is_folder and len(wanted) > 1:
-            raise UsageError(
-                f"{self.output}: is one file, but there are {len(wanted)} outputs; name a folder"
-            )
+            raise UsageError(f"{self.output}: is one file, but there are {len(wanted)} outputs; name a folder")
         paths = [self._path(source, suffix) for source, suffix in wanted]
         seen: dict[Path, Source] = {}
         for path, (source, _) in zip(paths, wanted, strict=True):

@@ -33,16 +33,10 @@ FOLDER = click.Path(exists=True, file_okay=False)
     help="Checkpoint, logs and weights go there.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
-@click.option(
-    "--start-from", type=click.Path(exists=True), help="Begin with the weights of another checkpoint."
-)
+@click.option("--start-from", type=click.Path(exists=True), help="Begin with the weights of another checkpoint.")
 @click.option("--validation", type=FOLDER, help="Folder of scenes to validate on during the run.")
-@click.option(
-    "--validate-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps."
-)
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Length of the schedule."
-)
+@click.option("--validate-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps.")
+@click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Length of the schedule.")
 @click.option("--minutes", type=click.FloatRange(min=0), default=0.0, help="Stop, resumable, after so long.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Views per step.")
 @click.option("--crop", type=click.IntRange(min=64), default=256, show_default=True, help="A multiple of 64.")
@@ -85,9 +79,7 @@ def train(
     if crop % 64:
         raise UsageError(f"--crop {crop}: must be a multiple of 64")
     if (Path(run_dir) / "checkpoint.pt").exists() != resume:
-        state = (
-            "has no checkpoint to resume from" if resume else "has a checkpoint; say --resume or name another"
-        )
+        state = "has no checkpoint to resume from" if resume else "has a checkpoint; say --resume or name another"
         raise UsageError(f"--out {run_dir}: {state}")
 
     from mvcodec import api
