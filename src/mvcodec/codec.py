@@ -111,9 +111,7 @@ def decode_set(
 
 
 @torch.inference_mode()
-def reconstruct(
-    model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True
-) -> list[Tensor]:
+def reconstruct(model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True) -> list[Tensor]:
     """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]

@@ -41,10 +41,9 @@ def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
     net = model.net
     with torch.autocast(z_hat.device.type, enabled=False):
         hyper = net.h_s(z_hat.double())
-        ln_gain = torch.full(
-            (z_hat.shape[0],), log_gain_reference(t), dtype=torch.float64, device=z_hat.device
-        )
-        return net.para_em(hyper, ln_gain, code)
+        ln_gain = torch.full((z_hat.shape[0],), log_gain_reference(t), dtype=torch.float64, device=z_hat.device)
+        y_hat: Tensor = net.para_em(hyper, ln_gain, code)
+    return y_hat
 
 
 def slice_check(y_hat: Tensor) -> int:
@@ -110,9 +109,7 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
             values = entropy.decode(payload, _integers(index), model.gaussian)
         except BitstreamError as error:
             # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
-            raise DesyncError(
-                f"slice {step // 2}: {error}; its parameters differ from the encoder's"
-            ) from error
+            raise DesyncError(f"slice {step // 2}: {error}; its parameters differ from the encoder's") from error
         halves.append(torch.from_numpy(values).to(model.device).reshape(mu.shape) + mu)
         _verify(step)
         return halves[-1]

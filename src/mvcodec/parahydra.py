@@ -24,7 +24,7 @@ PAD_MULTIPLE = 64  # z is at 1/64
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every width and every switch. The paper's ablations are values of `joint`, `channel_context`, `global_context`."""
+    """Every width and switch. The paper's ablations are values of `joint`, `channel_context`, `global_context`."""
 
     profile: str = "fast"
     transform: str = "klt"  # klt | paper
@@ -36,9 +36,7 @@ class ModelConfig:
     parameter_widths: tuple[int, ...] = (224, 160)  # hidden layers of EP
     raw_slices: bool = True  # EP also sees the earlier slices themselves (1x1)
     window: int = 5
-    channel_context: str = (
-        "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
-    )
+    channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
     global_context: str = "pgcm"  # pgcm | mlic
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
     fusion_widths: tuple[int, int] = (96, 96)
@@ -139,7 +137,8 @@ class ParaHydra(nn.Module):
         """Make the untrained `klt` model the best linear codec of pictures with this covariance [768, 768]."""
         coarse, fine = self.para_jd.coarse, self.para_jd.fine
         assert isinstance(self.g_a, tf.KltAnalysis)
-        assert isinstance(coarse, tf.KltSynthesisCoarse) and isinstance(fine, tf.KltSynthesisFine)
+        assert isinstance(coarse, tf.KltSynthesisCoarse)
+        assert isinstance(fine, tf.KltSynthesisFine)
         spread = tf.start_as_klt(self.g_a, coarse, fine, covariance)
         self.para_em.ln_spread.copy_(spread.log()[:, None, None])
         middle_gain = log_gain_reference(0.5)

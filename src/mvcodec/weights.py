@@ -128,10 +128,7 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     identity = entropy_id(tensors, config)
     tables = {
         kind: Tables(
-            **{
-                part: _table(tensors, path, f"tables.{kind}.{part}")
-                for part in ("counts", "lengths", "offsets")
-            },
+            **{part: _table(tensors, path, f"tables.{kind}.{part}") for part in ("counts", "lengths", "offsets")},
             skip_first=kind == "gaussian",
         )
         for kind in ("gaussian", "hyper")
@@ -142,17 +139,15 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ModelError(
-            f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}") from error
     if len(tables["hyper"]) != config.hyper_channels or len(tables["gaussian"]) != 64:
         raise ModelError(f"{path}: entropy tables do not fit the configuration")
     net.requires_grad_(False).eval()
-    for part in (net.h_s, net.para_em):
-        part.double()
+    net.h_s.double()
+    net.para_em.double()
     net.to(device)
-    for part in (net.g_a, net.para_jd):
-        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.g_a.to(memory_format=torch.channels_last)
+    net.para_jd.to(memory_format=torch.channels_last)
     return Model(path.stem, net, tables["gaussian"], tables["hyper"], identity, about)
 
 

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAKY_SLOPE = 2.0**-3  # a power of two: an integer shift in the exact path
-BRANCH_GAIN = (
-    0.1  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
-)
+BRANCH_GAIN = 0.1  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
 
 
 def leaky(x: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ class QualityBlock(nn.Module):
         self.film = nn.Linear(quality_knots, 2 * hidden, bias=False)
         self.register_buffer("scale", torch.ones(channels, 1, 1))
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.film.weight)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:

@@ -23,9 +23,7 @@ from mvcodec.nn.local_context import CheckerboardAttention
 from mvcodec.nn.parallax_attention import SourceFeatures
 from mvcodec.nn.pmifm import ParallaxFusion
 
-LN_PRIOR_FLOOR = (
-    -1.2
-)  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
+LN_PRIOR_FLOOR = -1.2  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
 
 # code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
 CodeStep = Callable[[int, Tensor, Tensor], Tensor]
@@ -110,16 +108,17 @@ class SliceModel(nn.Module):
         self.local_context = CheckerboardAttention(channels, guide, context, window)
         # MLIC guides its intra-slice context by the slice before alone; PGCM by the whole channel context.
         self.guided_by_last = global_context == "mlic" and index > 0
-        self.global_context = ParallaxGlobalContext(
-            channels, channels if self.guided_by_last else guide, context
-        )
+        self.global_context = ParallaxGlobalContext(channels, channels if self.guided_by_last else guide, context)
         self.anchor_parameters = EntropyParameters(known, widths, channels)
         self.other_parameters = EntropyParameters(known + 2 * context, widths, channels)
 
 
 class ParaEM(nn.Module):
-    """Para-EM. `unit` [M] is a power of two >= 1 near each channel's spread in quantiser steps, so that the nets see unit size;
-    `ln_spread` [M] the log standard deviation of the transform at gain 1: sigma starts as a good prediction."""
+    """Para-EM over all slices.
+
+    `unit` [M] is a power of two >= 1 near each channel's spread in quantiser steps, so that the nets see values of unit
+    size; `ln_spread` [M] is the log standard deviation of the transform at gain 1, so that sigma starts near the truth.
+    """
 
     unit: Tensor
     ln_spread: Tensor
@@ -153,9 +152,9 @@ class ParaEM(nn.Module):
             for i in range(slices)
         )
         start_at_unit_variance(self)
-        for model in self.models:
-            model.anchor_parameters.start_as_prior()
-            model.other_parameters.start_as_prior()
+        for parameters in self.modules():
+            if isinstance(parameters, EntropyParameters):
+                parameters.start_as_prior()
         self.register_buffer("unit", torch.ones(latent_channels, 1, 1))
         self.register_buffer("ln_spread", torch.zeros(latent_channels, 1, 1))
 

@@ -8,6 +8,8 @@ an untrained joint decoder is K separate decoders.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -44,9 +46,8 @@ class ParaJD(nn.Module):
         self.coarse, self.fine = coarse, fine
         self.fusions = nn.ModuleList()
         if mode != "none":
-            self.fusions.extend(
-                ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in zip(channels, widths)
-            )
+            pairs = zip(channels, widths, strict=True)
+            self.fusions.extend(ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in pairs)
 
     def forward(self, y_hat: Tensor, quality: Tensor, joint: bool = True) -> Tensor:
         """y_hat [B, K, M, h, w] (gain undone), quality [B, K, knots] -> x_hat [B, K, 3, H, W], not clamped.
@@ -59,6 +60,6 @@ class ParaJD(nn.Module):
         for index, stage in enumerate((self.coarse, self.fine)):
             if self.fusions:
                 grouped = x if joint else x.flatten(0, 1)[:, None]
-                x = fuse_views(self.fusions[index], grouped).reshape(x.shape)
+                x = fuse_views(cast(ParallaxFusion, self.fusions[index]), grouped).reshape(x.shape)
             x = stage(x.flatten(0, 1), flat_quality).unflatten(0, (batch, views))
         return x

@@ -37,9 +37,7 @@ class SourceFeatures(NamedTuple):
     column_key: Tensor  # SKM of the vertical stage
 
 
-def attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS
-) -> Aligned:
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
     """HPA, Eq. (8)-(11): query, key [N, C, H, W], value [N, D, H, W]; every row attends to the same row."""
     n, _, height, width = query.shape
     q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
@@ -60,19 +58,16 @@ def attend_rows(
     return Aligned(fold(features), fold(consistencies))
 
 
-def attend_columns(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS
-) -> Aligned:
+def attend_columns(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
     """VPA: HPA with rows and columns exchanged."""
     turned = attend_rows(query.mT, key.mT, value.mT, scale, chunk)
     return Aligned(turned.feature.mT, turned.consistency.mT)
 
 
-def attend_everywhere(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS
-) -> Aligned:
+def attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
     """Full two-dimensional attention, O(N^4): the paper's `2D attention` ablation, as one row of H W positions."""
-    flat = attend_rows(*(x.flatten(2)[:, :, None] for x in (query, key, value)), scale, chunk)
+    q, k, v = (x.flatten(2)[:, :, None] for x in (query, key, value))
+    flat = attend_rows(q, k, v, scale, chunk)
     return Aligned(*(x.reshape(*x.shape[:2], *query.shape[2:]) for x in flat))
 
 

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,15 +33,13 @@ class QualityStack(nn.Module):
 
     def set_scale(self, scale: Tensor) -> None:
         for block in self.blocks:
-            block.scale.copy_(scale[:, None, None])  # type: ignore[union-attr, operator]
+            block.scale.copy_(scale[:, None, None])
 
 
 class KltAnalysis(nn.Module):
     """g_a of the `klt` kind: x [B, 3, H, W] in [0, 1] -> y [B, M, H/16, W/16], before the gain."""
 
-    def __init__(
-        self, latent_channels: int, hidden: int, blocks8: int, blocks16: int, quality_knots: int
-    ) -> None:
+    def __init__(self, latent_channels: int, hidden: int, blocks8: int, blocks16: int, quality_knots: int) -> None:
         super().__init__()
         self.stage8 = QualityStack(PIXELS, hidden, blocks8, quality_knots)
         self.klt = nn.Conv2d(PIXELS, latent_channels, 2, stride=2)
@@ -103,7 +103,7 @@ def _convolutions(widths: tuple[int, ...], transposed: bool, last_is_picture: bo
     from compressai.layers import GDN  # 5 s to import, and only the `paper` profile needs it
 
     layers: list[nn.Module] = []
-    for index, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
+    for index, (a, b) in enumerate(pairwise(widths)):
         if transposed:
             layers.append(nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1))
         else:
@@ -142,9 +142,7 @@ class PaperSynthesisFine(nn.Module):
 
     def __init__(self, latent_channels: int) -> None:
         super().__init__()
-        self.layers = _convolutions(
-            (latent_channels, latent_channels, 3), transposed=True, last_is_picture=True
-        )
+        self.layers = _convolutions((latent_channels, latent_channels, 3), transposed=True, last_is_picture=True)
 
     def forward(self, f: Tensor, quality: Tensor) -> Tensor:
         return self.layers(f)

@@ -119,7 +119,7 @@ def centre_crops(scenes: list[Scene], size: int) -> Iterator[tuple[str, Tensor]]
     for scene in scenes:
         height, width = scene.views[0].shape[:2]
         crops = []
-        for picture, (dr, dc) in zip(scene.views, scene.shifts):
+        for picture, (dr, dc) in zip(scene.views, scene.shifts, strict=True):
             top = int(np.clip((height - size) // 2 + dr, 0, picture.shape[0] - size))
             left = int(np.clip((width - size) // 2 + dc, 0, picture.shape[1] - size))
             crops.append(picture[top : top + size, left : left + size])

@@ -22,7 +22,7 @@ def block_covariance(scenes: list[Scene], blocks_per_view: int = 2000, seed: int
             height, width = view.shape[:2]
             rows = rng.integers(0, height - side + 1, blocks_per_view)
             columns = rng.integers(0, width - side + 1, blocks_per_view)
-            blocks = np.stack([view[r : r + side, c : c + side] for r, c in zip(rows, columns)])
+            blocks = np.stack([view[r : r + side, c : c + side] for r, c in zip(rows, columns, strict=True)])
             x = torch.from_numpy(blocks).permute(0, 3, 1, 2).float() / 255 - 0.5
             flat = F.pixel_unshuffle(x, BLOCK).flatten(1).double()  # [n, 192 * 2 * 2]
             total += flat.T @ flat

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.nn.gain import rate_distortion_lambda
 from mvcodec.parahydra import ModelConfig, ParaHydra, config_for
-from mvcodec.training.data import CropSampler, Scene, centre_crops, load_scenes
+from mvcodec.training.data import CropSampler, centre_crops, load_scenes
 from mvcodec.training.klt import block_covariance
 
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
@@ -110,7 +109,7 @@ def save_whole(value: Any, path: Path) -> None:
     """torch.save to a temporary file, then rename: a checkpoint is there whole or not at all."""
     temporary = path.with_suffix(".partial")
     torch.save(value, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Trainer:
@@ -142,7 +141,7 @@ class Trainer:
             self.model = ParaHydra(config_for(config.profile))
             if self.model.config.transform == "klt":
                 self.model.start_as_klt(block_covariance(self.scenes))
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device).to(memory_format=torch.channels_last)
         self.trained = self._trained_parameters()
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0.0)
         self.ema = Ema(self.model, config.ema)
@@ -203,9 +202,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
-        norms = [
-            nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups
-        ]
+        norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups]
         norm = torch.stack(norms).max()
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -227,7 +224,9 @@ class Trainer:
         rows: list[dict[str, float | str]] = []
         with self.ema.applied_to(self.model), self.autocast():
             for quality in VALIDATION_QUALITIES:
-                bpps, alone, together = [], [], []
+                bpps: list[float] = []
+                alone: list[float] = []
+                together: list[float] = []
                 for _, crops in centre_crops(self.validation, crop):
                     pictures = crops.to(self.device)
                     t = torch.full(pictures.shape[:2], quality, device=self.device)
@@ -274,9 +273,7 @@ class Trainer:
                 pending.append(self.train_step())
                 bar.update()
                 last = pending[-1]
-                bar.set_postfix(
-                    loss=f"{last['loss']:.3f}", bpp=f"{last['bpp']:.3f}", psnr=f"{last['psnr']:.2f}"
-                )
+                bar.set_postfix(loss=f"{last['loss']:.3f}", bpp=f"{last['bpp']:.3f}", psnr=f"{last['psnr']:.2f}")
                 if self.validation and self.step % self.config.validate_every == 0:
                     rows = self.validate()
                     append_rows(self.run / "validation.csv", rows)
