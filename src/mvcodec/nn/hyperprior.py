@@ -54,9 +54,7 @@ class FactorizedPrior(nn.Module):
     def __init__(self, channels: int, components: int = 3) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.zeros(components, channels, 1, 1))
-        self.mean = nn.Parameter(
-            torch.linspace(-2, 2, components)[:, None, None, None].repeat(1, channels, 1, 1)
-        )
+        self.mean = nn.Parameter(torch.linspace(-2, 2, components)[:, None, None, None].repeat(1, channels, 1, 1))
         self.ln_scale = nn.Parameter(torch.zeros(components, channels, 1, 1))
 
     def likelihood(self, z: Tensor) -> Tensor:
