@@ -16,7 +16,7 @@ from mvcodec import codec, images, latents, weights
 from mvcodec.codec import DecodedView
 from mvcodec.container import Header, Stream, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
-from mvcodec.frames import name_of
+from mvcodec.frames import MAX_PIXELS, name_of
 from mvcodec.images import Image
 from mvcodec.weights import Model
 
@@ -33,7 +33,7 @@ def encode(
     frame: int | None = None,
     timestamp_us: int | None = None,
     alpha: Literal["refuse", "drop", "white", "black"] = "refuse",
-    max_pixels: int = images.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     model: Weights = None,
     device: str = "auto",
 ) -> bytes:
@@ -46,7 +46,7 @@ def encode(
     alpha, max_pixels: see `mvcodec.images.read`; for files only.
     """
     if isinstance(picture, str | os.PathLike):
-        name = name_of(Path(picture))
+        name = name_of(Path(picture).absolute())
         camera_id = name.camera_id if camera_id is None else camera_id
         frame = name.frame if frame is None else frame
         picture = images.read(picture, alpha=alpha, max_pixels=max_pixels)

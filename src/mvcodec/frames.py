@@ -31,6 +31,8 @@ PICTURE_SUFFIXES = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm"}
 )
 STREAM_SUFFIX = ".phv"
+MAX_PIXELS = 2**27
+"""Default cap on width * height (134 megapixels): 40 bytes of header must not allocate gigabytes."""
 
 _CAMERA = r"(?:c|cam|camera|view|v|image_)[-_]?\d+|left|right|l|r"
 _AUTO_PATTERNS = (

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from mvcodec.errors import MvcodecError, PictureError
 from mvcodec.files import atomic
+from mvcodec.frames import MAX_PIXELS
 from mvcodec.png16 import encode_png16
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 Alpha = Literal["refuse", "drop", "white", "black"]
-
-MAX_PIXELS = 2**27
-"""Default cap on width * height (134 megapixels): 40 bytes of header must not allocate gigabytes."""
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> (transpose, flip rows, flip columns), applied in that order.

@@ -140,6 +140,22 @@ def test_format_follows_the_name_or_the_option(cli: Cli, coded: Path) -> None:
     assert "a.tif: is one file, but there are 4 outputs" in outcome.err
 
 
+def test_a_file_that_claims_too_many_pixels_is_refused(cli: Cli, coded: Path) -> None:
+    outcome = cli("decode", coded / "C2/00000000.phv", "--max-pixels", 64 * 64 - 1)
+    assert outcome.code == 4
+    assert "64 x 64 pixels, over the cap of 4095" in outcome.err
+
+
+def test_running_out_of_memory_is_a_sentence(cli: Cli, coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr("mvcodec.codec.decode_set", allocate)
+    outcome = cli("decode", coded / "C2/00000000.phv")
+    assert outcome.code == 1
+    assert "C2/00000000.phv: out of memory" in outcome.err
+
+
 def test_existing_pictures_are_kept_or_skipped(cli: Cli, coded: Path) -> None:
     args = ["decode", coded, "-o", "out"]
     assert cli(*args).code == 0

@@ -13,7 +13,7 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model m
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -73,7 +73,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def complain(sentence: str, exit_code: int) -> int:
+def to_stderr(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def complain(sentence: str, exit_code: int, say: Callable[[str], object] = to_stderr) -> int:
     """One line on stderr, whatever the message was made of."""
-    click.echo(f"mvcodec: {' '.join(sentence.split())}", err=True)
+    say(f"mvcodec: {' '.join(sentence.split())}")
     return exit_code

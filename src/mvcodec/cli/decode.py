@@ -13,8 +13,8 @@ import click
 from mvcodec import container
 from mvcodec.cli.report import Report, reporting, running
 from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
-from mvcodec.errors import MvcodecError, UsageError
-from mvcodec.frames import STREAM_SUFFIX, Instant, Source, instants, safe_path
+from mvcodec.errors import BitstreamError, MvcodecError, UsageError
+from mvcodec.frames import MAX_PIXELS, STREAM_SUFFIX, Instant, Source, instants, safe_path
 
 if TYPE_CHECKING:
     from mvcodec.codec import DecodedView
@@ -61,6 +61,13 @@ class Received:
     show_default=True,
     help="Views without frame number belong together if their timestamps differ by at most this.",
 )
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default=True,
+    help="Refuse files of larger pictures before anything is allocated.",
+)
 @running
 @reporting
 def decode(
@@ -75,6 +82,7 @@ def decode(
     preview: bool,
     partial: bool,
     window_us: int,
+    max_pixels: int,
     model: str | None,
     device: str,
 ) -> None:
@@ -89,7 +97,7 @@ def decode(
     targets.check_stdout(report.as_json)
     views: list[Received] = []
     for source in sources(inputs, frozenset({STREAM_SUFFIX})):
-        views += receive(report, source)
+        views += receive(report, source, max_pixels)
     wanted = [view for view in views if not only or view.header.camera_id in only]
     if views and not wanted:
         cameras = ", ".join(sorted({view.header.camera_id for view in views}))
@@ -117,6 +125,7 @@ def decode(
             started = time.perf_counter()
             decoded = _decode(report, members, require, preview, partial, model, device)
             seconds = time.perf_counter() - started
+            report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
             for view in todo:
                 if id(view) in decoded:
                     with report.file(view.name):
@@ -124,12 +133,17 @@ def decode(
     report.finish()
 
 
-def receive(report: Report, source: Source) -> list[Received]:
+def receive(report: Report, source: Source, max_pixels: int) -> list[Received]:
     """The files in one input: one alone keeps its name, concatenated ones are named by camera and time."""
     name = label(source.path)
     parts: list[tuple[bytes, container.Header]] = []
     with report.file(name):  # what stands before the damage is good
-        parts.extend((part, container.unpack_header(part)) for part in streams_in(source))
+        for part in streams_in(source):
+            header = container.unpack_header(part)
+            if header.width * header.height > max_pixels:
+                size = f"{header.width} x {header.height} pixels"
+                raise BitstreamError(f"has {size}, over the cap of {max_pixels}; raise it with --max-pixels")
+            parts.append((part, header))
     received = []
     for number, (part, header) in enumerate(parts):
         if len(parts) == 1 and source.path != STDIN:

@@ -11,7 +11,7 @@ import click
 from mvcodec.cli.report import Report, reporting, running, size_in_bytes
 from mvcodec.cli.targets import STDIN, Targets, label, placing, read, sources
 from mvcodec.errors import UsageError
-from mvcodec.frames import AUTO, PICTURE_SUFFIXES, STREAM_SUFFIX, Source, ViewName, name_of
+from mvcodec.frames import AUTO, MAX_PIXELS, PICTURE_SUFFIXES, STREAM_SUFFIX, Source, ViewName, name_of
 
 if TYPE_CHECKING:
     from mvcodec.images import Alpha
@@ -60,7 +60,9 @@ if TYPE_CHECKING:
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
-    help="Refuse larger pictures before anything is allocated. Default: 134217728.",
+    default=MAX_PIXELS,
+    show_default=True,
+    help="Refuse larger pictures before anything is allocated.",
 )
 @running
 @reporting
@@ -79,7 +81,7 @@ def encode(
     names: str,
     alpha: Alpha,
     strip: bool,
-    max_pixels: int | None,
+    max_pixels: int,
     model: str | None,
     device: str,
 ) -> None:
@@ -106,7 +108,7 @@ def encode(
 
     def encode_one(source: Source, view: ViewName, path: Path) -> None:
         started = time.perf_counter()
-        image = images.read(read(source), alpha=alpha, max_pixels=max_pixels or images.MAX_PIXELS)
+        image = images.read(read(source), alpha=alpha, max_pixels=max_pixels)
         image = image.without_metadata() if strip else image
         pixels = image.width * image.height
 

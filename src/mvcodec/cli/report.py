@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mvcodec.cli import complain
+from mvcodec.cli import complain, to_stderr
 from mvcodec.errors import BatchError, MvcodecError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,6 +24,7 @@ class Report:
     def __init__(self, *, as_json: bool, verbose: bool, quiet: bool) -> None:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
         self.failures: list[int] = []
+        self._say: Callable[[str], object] = to_stderr
         self.successes = 0
 
     def result(self, record: dict[str, Any], text: str | None = None, *, err: bool = False) -> None:
@@ -32,8 +33,10 @@ class Report:
         if self.as_json:
             told = {key: None if value != value else value for key, value in record.items()}  # no nan in JSON
             click.echo(json.dumps(told, ensure_ascii=False, allow_nan=False))
-        elif text is not None and not (err and self.quiet):
-            click.echo(text, err=err)
+        elif text is not None and err:
+            self.note(text)
+        elif text is not None:
+            click.echo(text)
 
     def skipped(self, name: str, path: object) -> None:
         """A file whose output was there already."""
@@ -47,11 +50,11 @@ class Report:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            click.echo(text, err=True)
+            self._say(text)
 
     def detail(self, text: str) -> None:
         if self.verbose:
-            click.echo(text, err=True)
+            self._say(text)
 
     @contextmanager
     def file(self, name: object) -> Iterator[None]:
@@ -60,24 +63,30 @@ class Report:
             yield
         except MvcodecError as error:
             self._fail(name, str(error), error.exit_code)
-        except MemoryError:
-            self._fail(name, "out of memory", MvcodecError.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or "memory" in str(error)):  # torch's is a RuntimeError
+                raise
+            self._fail(name, "out of memory; try a smaller picture, fewer views or another device", 1)
         except BrokenPipeError:
             raise
         except OSError as error:
             self._fail(error.filename or name, error.strerror or str(error), MvcodecError.exit_code)
 
     def _fail(self, name: object, sentence: str, exit_code: int) -> None:
-        self.failures.append(complain(f"{name}: {sentence}", exit_code))
+        self.failures.append(complain(f"{name}: {sentence}", exit_code, self._say))
         if self.as_json:
             click.echo(json.dumps({"file": str(name), "error": sentence, "exit_code": exit_code}))
 
     def progress(self, items: Sequence[T], what: str) -> Iterator[T]:
         """`items` with a bar on stderr, where stderr is a terminal and there is something to wait for."""
+        if len(items) < 2 or self.quiet or not sys.stderr.isatty():
+            yield from items
+            return
         from tqdm import tqdm
 
-        wanted = len(items) > 1 and not self.quiet and sys.stderr.isatty()
-        yield from tqdm(items, desc=what, disable=not wanted, file=sys.stderr)
+        self._say = functools.partial(tqdm.write, file=sys.stderr)  # lines above the bar, not through it
+        yield from tqdm(items, desc=what, file=sys.stderr)
+        self._say = to_stderr
 
     def finish(self) -> None:
         """Exit with the one failure's own code, or 6 where others succeeded or failed too."""
