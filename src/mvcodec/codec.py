@@ -75,11 +75,17 @@ def encode_image(
 
 @torch.inference_mode()
 def decode_set(
-    model: Model, files: Sequence[bytes | Stream], *, joint: bool = True, partial: bool = False
+    model: Model,
+    files: Sequence[bytes | Stream],
+    *,
+    joint: bool = True,
+    refine: bool = True,
+    partial: bool = False,
 ) -> list[DecodedView]:
     """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
 
-    joint=False decodes each view alone. partial=True accepts damaged files as far as they are intact.
+    joint=False decodes each view alone. refine=False leaves out the pixel-aligned third stage.
+    partial=True accepts damaged files as far as they are intact.
     """
     streams = [s if isinstance(s, Stream) else unpack(s, partial=partial) for s in files]
     if not streams:
@@ -97,7 +103,7 @@ def decode_set(
     )
     latents = [decode_latents(model, stream) for stream in streams]  # each [1, M, h_k, w_k]
     qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
-    pictures = reconstruct(model, latents, qualities, joint)
+    pictures = reconstruct(model, latents, qualities, joint, refine)
     ids = [s.header.camera_id for s in streams]
     return [
         DecodedView(
@@ -111,7 +117,9 @@ def decode_set(
 
 
 @torch.inference_mode()
-def reconstruct(model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True) -> list[Tensor]:
+def reconstruct(
+    model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True, refine: bool = True
+) -> list[Tensor]:
     """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
@@ -120,15 +128,17 @@ def reconstruct(model: Model, latents: Sequence[Tensor], qualities: Tensor, join
     if joint:
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in scaled]
-        groups = [(torch.stack(views, dim=1), basis[None])]  # [1, K, M, h, w]
+        groups = [(torch.stack(views, dim=1), basis[None], qualities)]  # [1, K, M, h, w]
     else:
-        groups = [(y[None], b[None, None]) for y, b in zip(scaled, basis, strict=True)]
-    with _autocast(model):
-        decoded = [picture for y, b in groups for picture in net.para_jd(y, b, joint)[0]]
-    return [
-        picture[:, : 16 * size[0], : 16 * size[1]].float().clamp(0, 1)
-        for picture, size in zip(decoded, sizes, strict=True)
-    ]
+        groups = [(y[None], b[None, None], q[None]) for y, b, q in zip(scaled, basis, qualities, strict=True)]
+    decoded: list[Tensor] = []
+    for y, b, q in groups:
+        with _autocast(model):
+            pictures = net.para_jd(y, b, joint)[0].float().clamp(0, 1)  # [K, 3, H, W]
+            if refine and net.refinement is not None:
+                pictures = net.refinement(pictures, q, peers=joint).pictures
+        decoded.extend(pictures)
+    return [picture[:, : 16 * size[0], : 16 * size[1]] for picture, size in zip(decoded, sizes, strict=True)]
 
 
 def check_model(model: Model, header: Header) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mvcodec.nn import hyperprior as hp
 from mvcodec.nn import transforms as tf
+from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
 from mvcodec.nn.para_em import ParaEM
@@ -38,6 +39,7 @@ class ModelConfig:
     window: int = 5
     channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
     global_context: str = "pgcm"  # pgcm | mlic
+    refine: str = "none"  # none (the paper) | aligned: the pixel-domain third stage of Para-JD
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
     fusion_widths: tuple[int, int] = (96, 96)
     block_channels: int = 192  # hidden width of the klt blocks at 1/8
@@ -53,9 +55,26 @@ class ModelConfig:
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
         return ModelConfig(**{**values, **lists})
 
+    def entropy_switches(self) -> dict[str, Any]:
+        """What the decoded integers depend on; everything else may change without a new model id."""
+        return {name: value for name, value in self.to_dict().items() if name in ENTROPY_SWITCHES}
+
+
+ENTROPY_SWITCHES = {
+    "latent_channels",
+    "hyper_channels",
+    "prior_channels",
+    "context_channels",
+    "slices",
+    "parameter_widths",
+    "raw_slices",
+    "window",
+    "channel_context",
+    "global_context",
+}
 
 PROFILES = {
-    "fast": ModelConfig(),
+    "fast": ModelConfig(refine="aligned"),
     "paper": ModelConfig(
         profile="paper",
         transform="paper",
@@ -66,6 +85,7 @@ PROFILES = {
         parameter_widths=(320, 256, 128),
         raw_slices=False,
         fusion_widths=(192, 192),
+        refine="aligned",
     ),
     "tiny": ModelConfig(
         profile="tiny",
@@ -80,6 +100,7 @@ PROFILES = {
         analysis_blocks=(1, 1),
         synthesis_blocks=(1, 1),
         quality_knots=3,
+        refine="aligned",
     ),
 }
 
@@ -132,6 +153,7 @@ class ParaHydra(nn.Module):
             c.raw_slices,
         )
         self.para_jd = ParaJD(coarse, fine, (c.latent_channels, middle), c.fusion_widths, c.joint)
+        self.refinement = AlignedRefinement() if c.refine == "aligned" else None
 
     def start_as_klt(self, covariance: Tensor) -> None:
         """Make the untrained `klt` model the best linear codec of pictures with this covariance [768, 768]."""

@@ -56,8 +56,7 @@ class Model:
 def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
     """First 8 bytes of SHA-256 over the entropy path: its tensors (name, shape, little-endian data) and config."""
     digest = hashlib.sha256()
-    switches = {k: v for k, v in config.to_dict().items() if k not in ("joint", "fusion_widths", "profile")}
-    digest.update(json.dumps(switches, sort_keys=True).encode())
+    digest.update(json.dumps(config.entropy_switches(), sort_keys=True).encode())
     for name in sorted(n for n in tensors if n.startswith(ENTROPY_PARTS)):
         array = tensors[name].numpy()
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())

@@ -157,6 +157,8 @@ class Trainer:
             self.model.para_jd.requires_grad_(True)
         elif self.config.stage == "single":
             self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
+            if self.model.refinement is not None:
+                self.model.refinement.requires_grad_(False)  # a stage of its own
         else:
             raise UsageError(f"stage {self.config.stage!r} is neither single nor joint")
         return [p for p in self.model.parameters() if p.requires_grad]
