@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
+
+settings.register_profile("mvcodec", deadline=None)  # a busy machine is no defect of ours
+settings.load_profile("mvcodec")
 
 
 def smooth_picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
