@@ -140,9 +140,7 @@ class AlignedRefinement(nn.Module):
         residual = self.head(torch.cat((features, fused_difference, fused_feature, share.sum(1)), dim=1))
         gate = reliable.unflatten(0, (batch, sources)).amax(1).repeat(1, 3, 1, 1)
         size = main.shape[-2:]
-        shares = F.pixel_shuffle(share.flatten(0, 1), 2).unflatten(0, (batch, sources))[
-            ..., : size[0], : size[1]
-        ]
+        shares = F.pixel_shuffle(share.flatten(0, 1), 2).unflatten(0, (batch, sources))[..., : size[0], : size[1]]
         return cleaned + _restore(gate * residual, main), shares
 
 

@@ -38,9 +38,7 @@ class Alignment(NamedTuple):
     """Every ordered pair of K views: [i, j] is where view j shows what view i shows. The diagonal is zero."""
 
     flow: Tensor  # [K, K, 2, H, W] pixels, as in warping.py
-    consistency: (
-        Tensor  # [K, K, 1, H, W] in [0, 1]: exp(-round-trip error in pixels), 0 where nothing matches
-    )
+    consistency: Tensor  # [K, K, 1, H, W] in [0, 1]: exp(-round-trip error in pixels), 0 where nothing matches
 
 
 class _View(NamedTuple):

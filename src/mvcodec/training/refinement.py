@@ -110,9 +110,7 @@ def _spots(consistency: Tensor, count: int, rng: np.random.Generator) -> Iterato
     """Corners of crops: of three random ones the one peers cover best, so there is something to learn."""
     height, width = consistency.shape
     for _ in range(count):
-        corners = [
-            (int(rng.integers(height - CROP + 1)), int(rng.integers(width - CROP + 1))) for _ in range(3)
-        ]
+        corners = [(int(rng.integers(height - CROP + 1)), int(rng.integers(width - CROP + 1))) for _ in range(3)]
         yield max(corners, key=lambda c: float(consistency[c[0] : c[0] + CROP, c[1] : c[1] + CROP].mean()))
 
 
@@ -154,9 +152,7 @@ def batches(files: list[Path], size: int, crop: int, rng: np.random.Generator) -
         keep = torch.from_numpy(rng.random((size, SIDES)) < rng.choice([0.4, 0.7, 1.0])).float()
         batch["consistency"] = batch["consistency"] * keep[:, :, None, None, None]
         if rng.random() < 0.2:  # one peer is the commonest case and the cheapest
-            batch = {
-                k: x[:, :1] if k in ("peers", "consistency", "peer_quality") else x for k, x in batch.items()
-            }
+            batch = {k: x[:, :1] if k in ("peers", "consistency", "peer_quality") else x for k, x in batch.items()}
         yield batch
 
 
@@ -164,9 +160,7 @@ def loss(model: AlignedRefinement, batch: Example) -> tuple[Tensor, Tensor, Tens
     """(loss, clean ratio, joint ratio): MSE with and without peers, relative to the separate decode's."""
     main, target = batch["main"], batch["target"]
     with torch.autocast(main.device.type, torch.bfloat16):
-        joint, _ = model.fuse(
-            main, batch["quality"], batch["peers"], batch["consistency"], batch["peer_quality"]
-        )
+        joint, _ = model.fuse(main, batch["quality"], batch["peers"], batch["consistency"], batch["peer_quality"])
         alone, _ = model.clean(main, batch["quality"])
     separate = _mse(main, target) + 1e-6
     clean_ratio, joint_ratio = _mse(alone, target) / separate, _mse(joint, target) / separate
@@ -206,9 +200,7 @@ def train(
         with torch.no_grad():
             for name, weight in model.state_dict().items():
                 average[name].lerp_(weight, 1 - min(0.998, (1 + step) / (10 + step)))
-        seen.lerp_(
-            torch.tensor([float(clean_ratio), float(joint_ratio)]), 0.01 if step > 100 else 1 / (step + 1)
-        )
+        seen.lerp_(torch.tensor([float(clean_ratio), float(joint_ratio)]), 0.01 if step > 100 else 1 / (step + 1))
         if done >= 1 or elapsed - saved > 60:
             saved = elapsed
             save_file({name: weight.contiguous() for name, weight in average.items()}, out)
@@ -244,9 +236,7 @@ def evaluate(model: AlignedRefinement, scenes: Path, degrade: Degrade, qualities
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("cache", "train", "evaluate"))
     parser.add_argument("--scenes", type=Path)
     parser.add_argument("--cache", type=Path)
