@@ -57,7 +57,7 @@ def codec(weights: Path) -> Degrade:
 
     def degrade(views: list[Picture], qualities: list[float]) -> list[Picture]:
         files = [encode_image(model, Image(view), 100 * q) for view, q in zip(views, qualities, strict=True)]
-        decoded = [decode_set(model, [file], joint=False)[0] for file in files]
+        decoded = [decode_set(model, [file], joint=False, refine=False)[0] for file in files]
         return [view.pixels.astype(np.uint8) for view in decoded]
 
     return degrade
