@@ -14,7 +14,7 @@ from torch import Tensor
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.errors import ModelError, UsageError
 from mvcodec.images import Image
-from mvcodec.latents import decode_latents, encode_latents
+from mvcodec.latents import decode_intact, encode_latents
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.weights import Model
@@ -34,7 +34,15 @@ class DecodedView:
         return self.image.pixels
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class EncodedView:
+    """A .phv file, and what only its encoder knows without decoding it again."""
+
+    data: bytes
+    y_hat: Tensor  # [1, M, h, w]
+    estimated_bits: float  # nan if not asked for
+
+
 def encode_image(
     model: Model,
     image: Image,
@@ -44,7 +52,23 @@ def encode_image(
     frame: int | None = None,
     timestamp_us: int | None = None,
 ) -> bytes:
-    """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better. Eq. (1)-(4)."""
+    """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better."""
+    view = encode_view(model, image, quality, camera_id=camera_id, frame=frame, timestamp_us=timestamp_us)
+    return view.data
+
+
+@torch.inference_mode()
+def encode_view(
+    model: Model,
+    image: Image,
+    quality: float,
+    *,
+    camera_id: str = "",
+    frame: int | None = None,
+    timestamp_us: int | None = None,
+    estimate: bool = False,
+) -> EncodedView:
+    """`encode_image`, with the decoder's latents and, if asked, the estimate of the file's bits. Eq. (1)-(4)."""
     if not 0 <= quality <= 100:
         raise UsageError(f"quality {quality} is not between 0 and 100")
     quality = round(quality * 100) / 100  # as the header stores it
@@ -55,7 +79,7 @@ def encode_image(
         y = net.g_a(x, basis)  # [1, M, H/16, W/16]
     y = y.float() * net.gain.gain(basis)
     z = net.h_a(y)  # [1, N, H/64, W/64]
-    latents = encode_latents(model, y, z, quality / 100)
+    latents = encode_latents(model, y, z, quality / 100, estimate)
     header = Header(
         model_id=model.id,
         profile=net.config.profile,
@@ -70,7 +94,8 @@ def encode_image(
         icc=image.icc,
         exif=image.exif,
     )
-    return pack(Stream(header, latents.hyper, latents.slices))
+    data = pack(Stream(header, latents.hyper, latents.slices))
+    return EncodedView(data, latents.y_hat, latents.estimated_bits)
 
 
 @torch.inference_mode()
@@ -101,7 +126,8 @@ def decode_set(
             s.slices[0].anchor if s.slices else b"",
         )
     )
-    latents = [decode_latents(model, stream) for stream in streams]  # each [1, M, h_k, w_k]
+    decoded = [decode_intact(model, stream) for stream in streams]
+    latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
     qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
     pictures = reconstruct(model, latents, qualities, joint, refine)
     ids = [s.header.camera_id for s in streams]
@@ -112,7 +138,7 @@ def decode_set(
             tuple(ids[:k] + ids[k + 1 :]) if joint else (),
             stream.damage,
         )
-        for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True))
+        for k, ((_, stream), picture) in enumerate(zip(decoded, pictures, strict=True))
     ]
 
 

@@ -7,6 +7,8 @@ its own decoded values, so both see the same numbers.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvcodec import entropy
-from mvcodec.container import Slice, Stream, integer_check
+from mvcodec.container import Damage, Slice, Stream, integer_check
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.gain import log_gain_reference
+from mvcodec.nn.hyperprior import bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.weights import Model
 
@@ -27,6 +30,7 @@ MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
 LN_SIGMA_FIRST = float(np.log(SIGMAS[0]))
 LN_SIGMA_STEP = float(np.log(SIGMAS[-1] / SIGMAS[0])) / (len(SIGMAS) - 1)
 LATENT_STRIDE, HYPER_STRIDE = 16, 64  # pixels per y, per z
+HALVES = ("anchor", "non-anchor")
 
 
 def snap(mu: Tensor, ln_sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,37 +57,41 @@ def slice_check(y_hat: Tensor) -> int:
 
 
 class EncodedLatents(NamedTuple):
-    """What the file carries, and what it costs in theory."""
+    """What the file carries, what the decoder makes of it, and what it costs in theory."""
 
     hyper: bytes
     slices: tuple[Slice, ...]
     y_hat: Tensor  # [1, M, h, w]
+    estimated_bits: float  # -log2 p of its integers under the densities that training minimised; nan if not asked
 
 
-def encode_latents(model: Model, y: Tensor, z: Tensor, t: float) -> EncodedLatents:
+def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False) -> EncodedLatents:
     """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections."""
     z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
     hyper = entropy.encode(_integers(z_hat), _hyper_index(z_hat.shape), model.hyper)
     halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]
     sections: list[bytes] = []
+    estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
 
-    def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
-        mu, index = snap(mu, ln_sigma)
+    def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
+        mu, index = snap(raw_mu, ln_sigma)
         symbols = (halves[step] - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
         symbols = torch.where(index == 0, 0.0, symbols)  # the lowest sigma is not coded
         sections.append(entropy.encode(_integers(symbols), _integers(index), model.gaussian))
+        if estimate:
+            estimates.append(gaussian_bits(symbols, ln_sigma).item())
         return symbols + mu
 
     y_hat = walk(model, z_hat, t, code)
     checks = [slice_check(part) for part in y_hat.chunk(model.net.config.slices, dim=1)]
     slices = tuple(Slice(sections[2 * i], sections[2 * i + 1], check) for i, check in enumerate(checks))
-    return EncodedLatents(hyper, slices, y_hat)
+    return EncodedLatents(hyper, slices, y_hat, sum(estimates))
 
 
 def decode_latents(model: Model, stream: Stream) -> Tensor:
     """The sections of one file -> y_hat [1, M, h, w] float64 on the model's device.
 
-    Sections that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
+    Slices that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
     that no encoder writes, DesyncError where the integers are not those that were encoded.
     """
     config, header = model.net.config, stream.header
@@ -94,9 +102,10 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
     payloads: list[bytes | None] = []
     for part in stream.slices:
         payloads += [part.anchor, part.non_anchor]
-    if stream.damage is None and len(payloads) != 2 * config.slices:
+    missing = 2 * config.slices - len(payloads)
+    if missing < 0 or (missing and stream.damage is None):
         raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
-    payloads += [None] * (2 * config.slices - len(payloads))
+    payloads += [None] * missing
     halves: list[Tensor] = []
 
     def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
@@ -109,21 +118,49 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
             values = entropy.decode(payload, _integers(index), model.gaussian)
         except BitstreamError as error:
             # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
-            raise DesyncError(f"slice {step // 2}: {error}; its parameters differ from the encoder's") from error
+            sentence = f"{error}; its parameters differ from the encoder's"
+            raise _WrongIntegers(step // 2, sentence) from error
         halves.append(torch.from_numpy(values).to(model.device).reshape(mu.shape) + mu)
-        _verify(step)
+        if step % 2:
+            _verify(step // 2)
         return halves[-1]
 
-    def _verify(step: int) -> None:
-        if step % 2 and payloads[step] is not None:
-            found = slice_check(merge(*halves[-2:]))
-            if found != stream.slices[step // 2].check:
-                raise DesyncError(
-                    f"slice {step // 2}: decoded integers have check {found:#06x}, "
-                    f"the encoder's had {stream.slices[step // 2].check:#06x}; the two machines' arithmetic differs"
-                )
+    def _verify(i: int) -> None:
+        found, wanted = slice_check(merge(*halves[-2:])), stream.slices[i].check
+        if found != wanted:
+            sentence = f"decoded integers have check {found:#06x}, the encoder's had {wanted:#06x}"
+            raise _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
 
     return walk(model, z_hat, header.quality / 100, code)
+
+
+def decode_intact(model: Model, stream: Stream) -> tuple[Tensor, Stream]:
+    """`decode_latents` for files that may be damaged -> y_hat and the stream that it really stands for.
+
+    A section's CRC-8 misses one random damage in 256. The check of the decoded integers then finds it, and the file
+    is cut before that slice, as if its CRC had been wrong; `damage` says so. Where already slice 0 fails, the
+    hyper-latent may be what is damaged: nothing is certain any more, and the file is refused with BitstreamError.
+    A file that was read as intact is never cut: its wrong integers are a DesyncError.
+    """
+    while True:
+        try:
+            return decode_latents(model, stream), stream
+        except _WrongIntegers as error:
+            if stream.damage is None:
+                raise
+            if error.slice == 0:
+                raise BitstreamError(f"hyper-latent or first slice is corrupt ({error})") from error
+            lost = [f"slice {i} {half}" for i in range(error.slice, model.net.config.slices) for half in HALVES]
+            damage = Damage(f"wrong integers in slice {error.slice}: corrupt", stream.damage.offset, tuple(lost))
+            stream = replace(stream, slices=stream.slices[: error.slice], damage=damage)
+
+
+class _WrongIntegers(DesyncError):
+    """A slice whose integers cannot be those that were encoded."""
+
+    def __init__(self, index: int, sentence: str) -> None:
+        super().__init__(f"slice {index}: {sentence}")
+        self.slice = index
 
 
 def _integers(values: Tensor) -> NDArray[np.int32]:
