@@ -17,7 +17,7 @@ from mvcodec import codec, entropy
 from mvcodec.weights import Model
 
 OTHER = "other"
-MODULES = {"g_a": "g_a", "h_a": "h_a", "h_s": "h_s", "para_em": "Para-EM", "para_jd": "Para-JD"}
+MODULES = {"g_a": "g_a", "h_a": "h_a", "h_s": "h_s", "para_em": "Para-EM", "para_jd": "Para-JD", "refinement": "refine"}
 FUNCTIONS = [
     (codec, "to_tensor", "to tensor"),
     (codec, "to_image", "to picture"),
@@ -70,6 +70,8 @@ def watched(model: Model, watch: Stopwatch) -> Iterator[None]:
     with ExitStack() as stack:
         for attribute, stage in MODULES.items():
             module = getattr(model.net, attribute)
+            if module is None:
+                continue
 
             def enter(*_: Any, name: str = stage) -> None:
                 watch.start(name)
