@@ -168,7 +168,7 @@ class ParaHydra(nn.Module):
             torch.exp2((spread.log2() + middle_gain / math.log(2)).round().clamp(min=0))[:, None, None]
         )
 
-    def forward(self, pictures: Tensor, t: Tensor, joint: bool = True) -> TrainingOutput:
+    def forward(self, pictures: Tensor, t: Tensor, joint: bool = True, fuse: bool = True) -> TrainingOutput:
         """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1]."""
         batch, views = t.shape
         basis = hat_basis(t.flatten(), self.config.quality_knots)
@@ -192,5 +192,5 @@ class ParaHydra(nn.Module):
             hyper, log_gain_reference(0) + (log_gain_reference(1) - log_gain_reference(0)) * t.flatten(), code
         )
         y_hat = y_hat * self.gain.inverse(basis)
-        x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint)
+        x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
         return TrainingOutput(x_hat.float(), (y_bits + z_bits).unflatten(0, (batch, views)))

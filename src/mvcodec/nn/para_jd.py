@@ -49,16 +49,17 @@ class ParaJD(nn.Module):
             pairs = zip(channels, widths, strict=True)
             self.fusions.extend(ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in pairs)
 
-    def forward(self, y_hat: Tensor, quality: Tensor, joint: bool = True) -> Tensor:
+    def forward(self, y_hat: Tensor, quality: Tensor, joint: bool = True, fuse: bool = True) -> Tensor:
         """y_hat [B, K, M, h, w] (gain undone), quality [B, K, knots] -> x_hat [B, K, 3, H, W], not clamped.
 
         joint=False decodes each view as if it were alone (K = 1): what `--preview` and the separate figures use.
+        fuse=False skips the fusions, which change nothing while their gains are zero (first training stage).
         """
         batch, views = y_hat.shape[:2]
         flat_quality = quality.flatten(0, 1)
         x = y_hat
         for index, stage in enumerate((self.coarse, self.fine)):
-            if self.fusions:
+            if self.fusions and fuse:
                 grouped = x if joint else x.flatten(0, 1)[:, None]
                 x = fuse_views(cast(ParallaxFusion, self.fusions[index]), grouped).reshape(x.shape)
             x = stage(x.flatten(0, 1), flat_quality).unflatten(0, (batch, views))

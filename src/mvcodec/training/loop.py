@@ -27,7 +27,7 @@ from mvcodec.training.data import CropSampler, centre_crops, load_scenes
 from mvcodec.training.klt import block_covariance
 
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
-TRANSFORM_RATE = 0.5  # of the residual blocks around them
+TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already calms these
 VALIDATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -143,7 +143,7 @@ class Trainer:
                 self.model.start_as_klt(block_covariance(self.scenes))
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self.trained = self._trained_parameters()
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.ema = Ema(self.model, config.ema)
         if state is not None:
             self.model.load_state_dict(state["model"])
@@ -178,6 +178,10 @@ class Trainer:
             for factor in sorted(set(factors.values()))
         ]
 
+    @property
+    def joint(self) -> bool:
+        return self.config.stage == "joint"
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
@@ -199,7 +203,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         with self.autocast():
-            out = self.model(pictures, t, joint=config.stage == "joint")
+            out = self.model(pictures, t, joint=self.joint, fuse=self.joint)
         loss, bpp, mse = loss_of(pictures, out.pictures, out.bits, t)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -234,10 +238,10 @@ class Trainer:
                     t = torch.full(pictures.shape[:2], quality, device=self.device)
                     torch.manual_seed(0)
                     for joint, psnrs in ((False, alone), (True, together)):
-                        if joint and self.config.stage == "single":
+                        if joint and not self.joint:
                             psnrs.extend(alone[-pictures.shape[1] :])
                             continue
-                        out = self.model(pictures, t, joint)
+                        out = self.model(pictures, t, joint, fuse=self.joint)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
                         psnrs.extend((-10 * torch.log10(mse)).flatten().tolist())
                     bpps.extend((out.bits / crop**2).flatten().tolist())
