@@ -3,7 +3,8 @@
     encode   pictures -> .phv, each camera alone          info     what a .phv says about itself (instant)
     decode   .phv of any number of cameras -> pictures    verify   is a .phv intact? (instant; --deep decodes)
     bench    time per stage                               train    new weights from folders of scenes
-    demo     the example scene, end to end                models   the weights at hand
+    evaluate rate and distortion against other codecs     models   the weights at hand
+    demo     the example scene, end to end
 
 Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model missing or mismatched,
 6 a batch finished with failures, 7 desynchronised, 130 interrupted. Every error is one line on stderr,
@@ -22,7 +23,7 @@ import click
 from mvcodec import __version__
 from mvcodec.errors import INTERRUPTED_EXIT_CODE, MvcodecError, UsageError
 
-COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "demo", "models")
+COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "evaluate", "demo", "models")
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,1 @@
+"""Measuring the codec against others: `metrics`, `bdrate`, `peers`, and the `report` that puts them together."""

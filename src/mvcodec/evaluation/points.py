@@ -1,0 +1,129 @@
+"""What is measured: one point per view, codec and setting, kept in JSON Lines so that a run can be taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvcodec import images
+from mvcodec.errors import PictureError, UsageError
+from mvcodec.evaluation import metrics
+from mvcodec.frames import PICTURE_SUFFIXES
+
+
+class View(NamedTuple):
+    """One picture of a scene, [H, W, 3] uint8, and a checksum that tells whether a kept point is about it."""
+
+    name: str
+    pixels: NDArray[np.uint8]
+    crc: int
+
+
+class Scene(NamedTuple):
+    """Overlapping pictures of one place."""
+
+    name: str
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One view coded at one setting. `version` is what the codec was: settings of a peer, hash of our weights."""
+
+    codec: str
+    version: str
+    scene: str
+    view: str
+    views: int  # of the scene, decoded together where decoding is joint
+    crc: int  # of the original's pixels
+    setting: float
+    bytes: int
+    bpp: float
+    psnr_db: float
+    ms_ssim: float | None  # None for pictures too small to have one
+    extra: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.codec, self.version, self.scene, self.view, self.views, self.crc, self.setting
+
+
+def measure(
+    codec: str,
+    version: str,
+    scene: Scene,
+    view: View,
+    setting: float,
+    size_bytes: int,
+    decoded: NDArray[np.uint8],
+    **extra: float,
+) -> Point:
+    """The point of a view that was coded into `size_bytes` and came back as `decoded`."""
+    height, width = view.pixels.shape[:2]
+    similarity = metrics.ms_ssim(view.pixels, decoded)
+    return Point(
+        codec=codec,
+        version=version,
+        scene=scene.name,
+        view=view.name,
+        views=len(scene.views),
+        crc=view.crc,
+        setting=setting,
+        bytes=size_bytes,
+        bpp=8 * size_bytes / (height * width),
+        psnr_db=metrics.psnr(view.pixels, decoded),
+        ms_ssim=None if similarity != similarity else similarity,
+        extra=extra,
+    )
+
+
+class Ledger:
+    """Points in a file, appended as they come. What is in it is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.points: dict[tuple[Any, ...], Point] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                point = Point(**json.loads(line))
+            except (ValueError, TypeError):  # cut short by an interruption, or of an older format
+                continue
+            self.points[point.key] = point
+
+    def get(self, codec: str, version: str, scene: Scene, view: View, setting: float) -> Point | None:
+        return self.points.get((codec, version, scene.name, view.name, len(scene.views), view.crc, setting))
+
+    def add(self, points: Sequence[Point]) -> None:
+        """Keep points, in memory and at once in the file."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(dataclasses.asdict(point)) + "\n" for point in points)
+        self.points |= {point.key: point for point in points}
+
+
+def read_scenes(folder: Path, names: Sequence[str] = (), limit_views: int | None = None) -> Iterator[Scene]:
+    """The scenes below `folder`, one per sub-folder that holds pictures, read one at a time; `names` picks some."""
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and _pictures(path)}
+    unknown = [name for name in names if name not in found]
+    if unknown or not found:
+        raise UsageError(f"{folder}: has no scene {', '.join(unknown)}" if unknown else f"{folder}: has no scenes")
+    for name in names or found:
+        views = []
+        for path in _pictures(found[name])[:limit_views]:
+            pixels = images.read(path).pixels
+            if pixels.dtype != np.uint8 or pixels.ndim != 3:
+                raise PictureError(f"{path}: evaluation compares 8-bit RGB pictures, which all peers code")
+            views.append(View(path.stem, pixels.astype(np.uint8), zlib.crc32(pixels.tobytes())))
+        yield Scene(name, tuple(views))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)

@@ -1,0 +1,166 @@
+"""A whole evaluation: folder of scenes in, folder of tables, figures and one plot out. It can be taken up again.
+
+mvcodec.jsonl, peers.jsonl   one point per view, codec and setting; what is in them is not measured again
+curves.csv                   per scene and mean: bpp, PSNR, MS-SSIM of every codec at every setting
+bd_rate.csv                  per scene and mean of the scenes' figures: ours against each peer, joint against separate
+rate_distortion.png          the mean curves
+summary.json                 the means, the joint gain, the check of the estimate, and how all was measured
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvcodec.errors import UsageError
+from mvcodec.evaluation import bdrate
+from mvcodec.evaluation.measure import JOINT, SEPARATE, Tell, fingerprint, measure_ours, measure_peer, usable_peers
+from mvcodec.evaluation.peers import PEERS
+from mvcodec.evaluation.points import Ledger, Point, read_scenes
+from mvcodec.evaluation.summary import (
+    MEAN,
+    METRICS,
+    CurvePoint,
+    Delta,
+    EstimateCheck,
+    check_estimate,
+    curve,
+    curve_points,
+    deltas,
+    joint_gain_db,
+)
+from mvcodec.files import atomic
+from mvcodec.weights import Model
+
+QUALITIES = (5.0, 20.0, 40.0, 60.0, 80.0, 95.0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found; `write` puts it into a folder."""
+
+    model: str
+    weights: str  # fingerprint
+    curves: list[CurvePoint]
+    deltas: list[Delta]
+    joint_gain_db: dict[str, float]
+    estimate: EstimateCheck
+
+    def mean_deltas(self) -> list[Delta]:
+        return [delta for delta in self.deltas if delta.scene == MEAN]
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready; what has no value is null."""
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "scenes": sorted({p.scene for p in self.curves} - {MEAN}),
+            "peers": {name: PEERS[name].about for name in PEERS if name in {p.codec for p in self.curves}},
+            "bd_rate_method": f"{bdrate.METHOD}, per scene, mean of the scenes' figures, MS-SSIM in dB",
+            "mean_curves": [_told(p) for p in self.curves if p.scene == MEAN],
+            "mean_bd_rates": [_told(delta) for delta in self.mean_deltas()],
+            "joint_gain_db": self.joint_gain_db,
+            "estimate": {**dataclasses.asdict(self.estimate), "percent": self.estimate.percent},
+        }
+
+    def write(self, folder: Path) -> None:
+        _write_csv(folder / "curves.csv", self.curves)
+        _write_csv(folder / "bd_rate.csv", self.deltas)
+        with atomic(folder / "summary.json") as file:
+            file.write(json.dumps(self.summary(), indent=1, allow_nan=False).encode())
+        plot(self.curves, folder / "rate_distortion.png")
+
+
+def evaluate(
+    data: Path,
+    model: Model,
+    out: Path,
+    *,
+    qualities: Sequence[float] = QUALITIES,
+    peers: Sequence[str] = tuple(PEERS),
+    scenes: Sequence[str] = (),
+    limit_views: int | None = None,
+    peer_results: Path | None = None,
+    tell: Tell = lambda sentence: None,
+) -> Evaluation:
+    """Measure the model and the peers on scenes, and write the report into `out`.
+
+    qualities: at least `bdrate.MIN_POINTS`. scenes: names of some, all if empty. limit_views: the first of each scene.
+    peer_results: ledger of the peers' points, which outlive a model; in `out` if not given.
+    """
+    if len(set(qualities)) < bdrate.MIN_POINTS:
+        raise UsageError(f"{len(set(qualities))} qualities; a curve needs at least {bdrate.MIN_POINTS}")
+    usable = usable_peers(peers, tell)
+    ours, others = Ledger(out / "mvcodec.jsonl"), Ledger(peer_results or out / "peers.jsonl")
+    points: list[Point] = []
+    for scene in read_scenes(data, scenes, limit_views):
+        for peer in usable:
+            points += measure_peer(scene, peer, others)
+        points += measure_ours(scene, model, sorted(set(qualities)), ours, tell)
+    curves = curve_points(points)
+    result = Evaluation(
+        model.name, fingerprint(model), curves, deltas(curves), joint_gain_db(curves), check_estimate(points)
+    )
+    result.write(out)
+    return result
+
+
+def plot(points: Sequence[CurvePoint], path: Path) -> None:
+    """The mean curves in one panel: PSNR over bits per pixel, ours on top of the peers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    names = sorted({p.codec for p in points}, key=lambda name: (name in (SEPARATE, JOINT), name))
+    for name in names:
+        line = curve(points, name, MEAN, "psnr")
+        ours = {SEPARATE: {"color": "black", "linestyle": "--"}, JOINT: {"color": "black"}}.get(name)
+        style = {"linewidth": 2.0, "zorder": 3, **ours} if ours else {"linewidth": 1.2}
+        axes.plot(line.bpp, line.fidelity_db, marker="o", markersize=3, label=name, **style)
+    scenes = len({p.scene for p in points} - {MEAN})
+    axes.set_xlabel("bits per pixel")
+    axes.set_ylabel("PSNR (dB)")
+    axes.set_title(f"mean of {scenes} scene{'s' * (scenes != 1)}, real file sizes")
+    reach = [max(curve(points, name, MEAN, "psnr").bpp) for name in (SEPARATE, JOINT) if name in names]
+    axes.set_xlim(0, 1.1 * max(reach))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def table(result: Evaluation) -> str:
+    """The mean BD-rates and the two other headline figures as text."""
+    lines = [f"{'BD-rate (%)':<20}" + "".join(f"{f'{c} {m}':>28}" for c in (SEPARATE, JOINT) for m in METRICS)]
+    found = {(d.anchor, d.test, d.metric): d.percent for d in result.mean_deltas()}
+    for anchor in dict.fromkeys(d.anchor for d in result.mean_deltas()):
+        row = [found.get((anchor, test, metric), math.nan) for test in (SEPARATE, JOINT) for metric in METRICS]
+        lines.append(f"{anchor:<20}" + "".join(f"{'-' if v != v else f'{v:+.1f}':>28}" for v in row))
+    check = result.estimate
+    lines.append(f"joint over separate: {result.joint_gain_db[MEAN]:+.3f} dB PSNR for the same bytes")
+    lines.append(
+        f"payload against -log2 p: {check.percent:+.2f} % over {check.files} files, "
+        f"{check.worst_percent:+.2f} % at worst"
+    )
+    lines.append(f"BD-rate by the bjontegaard package, {bdrate.METHOD}; mean of the scenes' figures")
+    return "\n".join(lines)
+
+
+def _write_csv(path: Path, records: Iterable[CurvePoint | Delta]) -> None:
+    rows = [dataclasses.asdict(record) for record in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _told(record: CurvePoint | Delta) -> dict[str, Any]:
+    return {k: None if v != v else v for k, v in dataclasses.asdict(record).items()}
