@@ -1,0 +1,27 @@
+"""A folder of two small scenes whose views are shifted crops of one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import smooth_picture
+
+SHIFT = (16, 24)  # rows, columns: multiples of 8, the resolution of the global search
+
+
+@pytest.fixture(scope="session")
+def scenes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    for scene in range(2):
+        cells = np.random.default_rng(scene).integers(0, 128, (24, 32, 3)).repeat(8, axis=0).repeat(8, axis=1)
+        wide = (smooth_picture(192, 256, seed=scene) // 2 + cells).astype(np.uint8)  # waves alone match themselves
+        for view in range(2):
+            top, left = view * SHIFT[0], view * SHIFT[1]
+            path = folder / f"scene{scene}" / f"view{view}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(wide[top : top + 160, left : left + 192]).save(path)
+    return folder

@@ -1,0 +1,59 @@
+"""Scenes, their global shifts, and crops that show the same place."""
+
+import numpy as np
+import pytest
+import torch
+
+from mvcodec.errors import UsageError
+from mvcodec.training.data import CropSampler, centre_crops, find_scenes, global_shift, load_scenes
+from tests.training.conftest import SHIFT
+
+
+def noise(seed: int, *shape: int):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_every_folder_of_pictures_is_a_scene(scenes_folder):
+    assert {name: len(files) for name, files in find_scenes(scenes_folder).items()} == {"scene0": 2, "scene1": 2}
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds no pictures"):
+        find_scenes(tmp_path)
+
+
+def test_global_shift_takes_a_point_of_the_reference_to_the_other():
+    blocks = noise(0, 40, 50, 3).repeat(8, axis=0).repeat(8, axis=1)
+    reference, other = blocks[:256, :320], blocks[16:272, 24:344]
+    assert global_shift(reference, other) == (-16, -24)
+    assert global_shift(reference, reference) == (0, 0)
+
+
+def test_crops_of_a_set_show_the_same_place(scenes_folder):
+    scenes = load_scenes(scenes_folder)
+    assert scenes[0].shifts[1] == (-SHIFT[0], -SHIFT[1])
+    crops = CropSampler(scenes, 64, seed=3).batch(0, 6, 2)
+    assert crops.shape == (6, 2, 3, 64, 64)
+    agreement = (crops[:, 0] - crops[:, 1]).abs().mean(dim=(1, 2, 3))
+    assert (agreement == 0).sum() >= 3  # the others touch a border and are moved inside
+
+
+def test_a_batch_depends_on_seed_and_step_alone(scenes_folder):
+    scenes = load_scenes(scenes_folder)
+    first, again = (CropSampler(scenes, 64, seed=3).batch(7, 2, 2) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, CropSampler(scenes, 64, seed=3).batch(8, 2, 2))
+    assert not torch.equal(first, CropSampler(scenes, 64, seed=4).batch(7, 2, 2))
+
+
+def test_sets_larger_than_any_scene_are_refused(scenes_folder):
+    with pytest.raises(UsageError, match="no scene has 3 views"):
+        CropSampler(load_scenes(scenes_folder), 64, 0).batch(0, 1, 3)
+
+
+def test_validation_crops_are_fixed(scenes_folder):
+    scenes = load_scenes(scenes_folder)
+    (name, crops), _ = centre_crops(scenes, 64)
+    assert name == "scene0"
+    assert crops.shape == (1, 2, 3, 64, 64)
+    assert torch.equal(crops[0, 0], crops[0, 1])

@@ -1,0 +1,96 @@
+"""The loop learns, stops, goes on as if it had not stopped, and changes no bit in the joint stage."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvcodec.errors import UsageError
+from mvcodec.nn.gain import rate_distortion_lambda
+from mvcodec.training.loop import TrainConfig, Trainer, learning_rate, train
+
+
+@pytest.fixture
+def config(scenes_folder, tmp_path):
+    return TrainConfig(
+        data=str(scenes_folder),
+        run_dir=str(tmp_path / "run"),
+        profile="tiny",
+        steps=6,
+        batch=2,
+        crop=64,
+        max_views=2,
+        warmup=2,
+        learning_rate=1e-3,
+        threads=1,
+    )
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
+    whole = weights(train(config, progress=False))
+    parted = replace(config, run_dir=str(tmp_path / "parted"))
+    trainer = Trainer(parted, progress=False)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    resumed = weights(train(parted, progress=False))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def cost(rows) -> float:
+    """Eq. (6) summed over the validated qualities."""
+    lambdas = rate_distortion_lambda(torch.tensor([row["quality"] for row in rows], dtype=torch.float64))
+    return sum(
+        row["bpp"] + lam * 255**2 * 10 ** (-row["psnr_separate"] / 10)
+        for row, lam in zip(rows, lambdas.tolist(), strict=True)
+    )
+
+
+def test_training_lowers_the_cost_and_logs_every_step(config, scenes_folder):
+    trainer = Trainer(replace(config, steps=30, validation=str(scenes_folder), ema=0.9), progress=False)
+    before = cost(trainer.validate(crop=64))
+    trainer.fit()
+    assert cost(trainer.validate(crop=64)) < 0.95 * before
+    with open(trainer.run / "log.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 31))
+
+
+def test_joint_stage_trains_the_joint_decoder_and_leaves_every_bit_alone(config, tmp_path):
+    single = train(config, progress=False)
+    joint = replace(config, stage="joint", run_dir=str(tmp_path / "joint"), start_from=str(single))
+    before = torch.load(single, weights_only=True)["ema"]
+    after = weights(train(joint, progress=False))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("para_jd.") for name in changed)
+    assert "para_jd.fusions.0.gain" in changed
+
+
+def test_joint_stage_mixes_lone_views_and_sets(config):
+    trainer = Trainer(replace(config, stage="joint"), progress=False)
+    assert {trainer.views_at(step) for step in range(60)} == {1, 2}
+
+
+def test_validation_reports_every_quality(config, scenes_folder):
+    trainer = Trainer(replace(config, validation=str(scenes_folder)), progress=False)
+    rows = trainer.validate(crop=64)
+    assert [row["quality"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    assert rows[0]["bpp"] < rows[-1]["bpp"]
+    assert rows[0]["psnr_separate"] < rows[-1]["psnr_separate"]
+
+
+def test_rate_warms_up_and_decays(config):
+    rates = [learning_rate(replace(config, steps=100, warmup=10), step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] < 3e-5
+
+
+def test_an_unknown_stage_is_refused(config):
+    with pytest.raises(UsageError, match="neither single nor joint"):
+        Trainer(replace(config, stage="both"), progress=False)
