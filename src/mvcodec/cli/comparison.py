@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image as pil
 from PIL import ImageDraw
 
+from mvcodec.errors import MvcodecError
 from mvcodec.images import Image
+from mvcodec.rate_control import encode_within
 
 TILE = 320  # pixels, shown at 100 %
 CAPTION = 16
@@ -36,44 +38,17 @@ def compare(
     return Image(np.vstack(rows))
 
 
-def psnr(original: Image, decoded: Image) -> float:
-    """Decibels, over the full range of the samples; two equal pictures have 100."""
-    peak = 2**original.depth - 1
-    error = original.pixels.astype(np.float64) - decoded.pixels
-    return min(100.0, float(10 * np.log10(peak**2 / max(np.mean(error**2), 1e-10))))
-
-
-def ms_ssim(original: Image, decoded: Image) -> float:
-    """Multi-scale structural similarity, 1 for equal pictures; nan under 161 pixels (five scales)."""
-    import pytorch_msssim
-    import torch
-
-    if min(original.width, original.height) <= 160:
-        return float("nan")
-    a, b = (
-        torch.from_numpy(np.atleast_3d(image.pixels).astype(np.float32)).permute(2, 0, 1)[None]
-        for image in (original, decoded)
-    )
-    return float(pytorch_msssim.ms_ssim(a, b, data_range=2**original.depth - 1))
-
-
 def jpeg_within(image: Image, budget_bytes: int) -> bytes:
     """Pillow JPEG (4:4:4, optimised) of the best quality within the budget, or of the lowest there is."""
-    low, high = 1, 96
-    best = _jpeg(image, low)
-    while high - low > 1:
-        middle = (low + high) // 2
-        data = _jpeg(image, middle)
-        if len(data) <= budget_bytes:
-            low, best = middle, data
-        else:
-            high = middle
-    return best
+    try:
+        return encode_within(lambda quality: _jpeg(image, quality), budget_bytes)[0]
+    except MvcodecError:
+        return _jpeg(image, 0)
 
 
-def _jpeg(image: Image, quality: int) -> bytes:
+def _jpeg(image: Image, quality: float) -> bytes:
     stream = io.BytesIO()
-    _eight_bit(image).save(stream, "JPEG", quality=quality, subsampling=0, optimize=True)
+    _eight_bit(image).save(stream, "JPEG", quality=max(1, round(quality)), subsampling=0, optimize=True)
     return stream.getvalue()
 
 

@@ -33,7 +33,8 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
     bytes, the picture decoded alone, and decoded jointly.
     """
     from mvcodec import api, images
-    from mvcodec.cli.comparison import compare, ms_ssim, psnr
+    from mvcodec.cli.comparison import compare
+    from mvcodec.evaluation.metrics import ms_ssim, psnr
 
     pictures = [source.path for source in sources([scene or str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
     folder = Path(output)
@@ -65,10 +66,10 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
             "camera_id": camera,
             "bytes": len(files[camera]),
             "bpp": 8 * len(files[camera]) / (original.width * original.height),
-            "psnr_alone_db": psnr(original, alone[camera]),
-            "psnr_joint_db": psnr(original, joint[camera]),
-            "ms_ssim_alone": ms_ssim(original, alone[camera]),
-            "ms_ssim_joint": ms_ssim(original, joint[camera]),
+            "psnr_alone_db": psnr(original.pixels, alone[camera].pixels),
+            "psnr_joint_db": psnr(original.pixels, joint[camera].pixels),
+            "ms_ssim_alone": ms_ssim(original.pixels, alone[camera].pixels),
+            "ms_ssim_joint": ms_ssim(original.pixels, joint[camera].pixels),
             "encode_seconds": encode_seconds[camera],
             "decode_seconds": decode_seconds,
         }
