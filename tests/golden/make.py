@@ -1,0 +1,86 @@
+"""What tests/golden holds, made from numbers alone: `python -m tests.golden.make` prints it, `--write` writes it.
+
+The model is the tiny profile with every weight drawn by PCG64 as an integer and scaled, so no file of weights is
+needed and no generator of torch is trusted. y and z are drawn the same way, far from any rounding tie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mvcodec.container import Header, Stream, pack
+from mvcodec.latents import HYPER_STRIDE, LATENT_STRIDE, MU_GRID, EncodedLatents, encode_latents
+from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.weights import Model, export_model, load_model
+
+GOLDEN = Path(__file__).parent / "tiny.phv"
+FACTS = GOLDEN.with_suffix(".json")
+WIDTH, HEIGHT, QUALITY = 100, 50, 42.0
+
+
+def drawn_model() -> Model:
+    """The tiny profile: weights are integers in +-1000, over 1000 sqrt(fan-in); units are powers of two."""
+    net = ParaHydra(config_for("tiny"))
+    rng = np.random.Generator(np.random.PCG64(2026))
+    state = {}
+    for name, value in sorted(net.state_dict().items()):
+        fan_in = value[0].numel() if value.ndim > 1 else 1
+        drawn = rng.integers(-1000, 1001, tuple(value.shape)) / (1000 * np.sqrt(fan_in))
+        if name.endswith((".unit", ".scale")):
+            drawn = 2.0 ** np.rint(2 + 2 * drawn)
+        state[name] = torch.from_numpy(drawn).float()
+    net.load_state_dict(state)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tiny.safetensors")
+        export_model(net, path)
+        return load_model(path)
+
+
+def drawn_latents(model: Model) -> EncodedLatents:
+    """y: odd multiples of 1/128, while mu lies on multiples of 1/64, so y - mu is never a tie; one in 40 is large
+    enough to be an escape. z: integers, and 0.3 more."""
+    config = model.net.config
+    rng = np.random.Generator(np.random.PCG64(7))
+    h, w = -(-HEIGHT // HYPER_STRIDE), -(-WIDTH // HYPER_STRIDE)
+    scale = HYPER_STRIDE // LATENT_STRIDE
+    z = rng.integers(-2, 3, (1, config.hyper_channels, h, w)) + 0.3
+    shape = (1, config.latent_channels, scale * h, scale * w)
+    steps = rng.integers(-MU_GRID, MU_GRID, shape) * np.where(rng.integers(0, 40, shape) == 0, 300, 1)
+    y = (steps + 0.5) / MU_GRID
+    with torch.inference_mode():
+        return encode_latents(model, torch.from_numpy(y), torch.from_numpy(z), QUALITY / 100)
+
+
+def golden_file(model: Model) -> bytes:
+    latents = drawn_latents(model)
+    header = Header(
+        model.id, "tiny", QUALITY, WIDTH, HEIGHT, camera_id="golden", frame=3, timestamp_us=1_700_000_000_000_000
+    )
+    return pack(Stream(header, latents.hyper, latents.slices))
+
+
+def integers_sha256(y_hat: torch.Tensor) -> str:
+    """Of y_hat in units of 1/64, int32 little-endian, in C order."""
+    return hashlib.sha256((y_hat * MU_GRID).to(torch.int32).numpy().astype("<i4").tobytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    model = drawn_model()
+    data = golden_file(model)
+    facts = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "model_id": model.id.hex(),
+        "integers_sha256": integers_sha256(drawn_latents(model).y_hat),
+    }
+    if "--write" in sys.argv:
+        GOLDEN.write_bytes(data)
+        FACTS.write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))  # noqa: T201
