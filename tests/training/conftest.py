@@ -17,7 +17,7 @@ SHIFT = (16, 24)  # rows, columns: multiples of 8, the resolution of the global 
 def scenes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     for scene in range(2):
-        cells = np.random.default_rng(scene).integers(0, 128, (24, 32, 3)).repeat(8, axis=0).repeat(8, axis=1)
+        cells = np.random.default_rng(scene).integers(0, 24, (24, 32, 3)).repeat(8, axis=0).repeat(8, axis=1)
         wide = (smooth_picture(192, 256, seed=scene) // 2 + cells).astype(np.uint8)  # waves alone match themselves
         for view in range(2):
             top, left = view * SHIFT[0], view * SHIFT[1]

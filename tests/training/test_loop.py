@@ -52,11 +52,15 @@ def cost(rows) -> float:
 
 
 def test_training_lowers_the_cost_and_logs_every_step(config, scenes_folder):
-    trainer = Trainer(replace(config, steps=30, validation=str(scenes_folder), ema=0.9), progress=False)
+    longer = replace(config, steps=30, learning_rate=3e-3, validation=str(scenes_folder), ema=0.9)
+    trainer = Trainer(longer, progress=False)
+    # The KLT start is hard to better in 30 steps; a mistaken idea of the scales is not.
+    trainer.model.para_em.ln_spread += 1.5
+    trainer.ema.shadow["para_em.ln_spread"] += 1.5
     before = cost(trainer.validate(crop=64))
     trainer.fit()
     assert cost(trainer.validate(crop=64)) < 0.95 * before
-    with open(trainer.run / "log.csv", newline="") as file:
+    with (trainer.run / "log.csv").open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 31))
 
 
