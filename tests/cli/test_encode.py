@@ -62,6 +62,15 @@ def test_nothing_is_overwritten_unless_asked(cli: Cli, scene: Path) -> None:
     assert header(out).camera_id == "C1"
 
 
+def test_an_input_is_never_its_own_output(cli: Cli, scene: Path) -> None:
+    picture = scene / "C1/00000000.png"
+    before = picture.read_bytes()
+    outcome = cli("encode", picture, "-o", picture, "-f")
+    assert outcome.code == 2
+    assert "both input and output" in outcome.err
+    assert picture.read_bytes() == before
+
+
 def test_two_pictures_never_share_an_output(cli: Cli, scene: Path) -> None:
     shutil.copy(scene / "C1/00000000.png", scene / "C1/00000000.bmp")
     outcome = cli("encode", scene)

@@ -16,6 +16,7 @@ from mvcodec.errors import BatchError, MvcodecError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+_TORCH_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # its RuntimeErrors, on CUDA and on the CPU
 
 
 class Report:
@@ -64,7 +65,7 @@ class Report:
         except MvcodecError as error:
             self._fail(name, str(error), error.exit_code)
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or "memory" in str(error)):  # torch's is a RuntimeError
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TORCH_OUT_OF_MEMORY):
                 raise
             self._fail(name, "out of memory; try a smaller picture, fewer views or another device", 1)
         except BrokenPipeError:
@@ -120,7 +121,7 @@ def running(command: F) -> F:
         show_default=True,
         metavar="auto|cpu|cuda[:i]",
         callback=_check_device,
-        help="Where to compute; the bits never depend on it. CUDA that is asked for but absent is an error.",
+        help="Where to compute. CUDA that is asked for but absent is an error.",
     )(command)
 
 

@@ -90,6 +90,8 @@ class Targets:
             if path in seen:
                 raise UsageError(f"{path}: both {seen[path].path} and {source.path} would be written there")
             seen[path] = source
+            if path.absolute() == source.path.absolute():
+                raise UsageError(f"{path}: is both input and output")
             if path.exists() and not (self.force or self.skip_existing):
                 raise UsageError(f"{path}: exists; overwrite with -f or leave it with --skip-existing")
         return paths
