@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from click import echo
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvcodec.codec import decode_set, encode_image
-from mvcodec.images import Image
 from mvcodec.nn.aligned_refinement import AlignedRefinement, see_through_peers
 from mvcodec.nn.alignment import align
 from mvcodec.weights import load_model
@@ -52,13 +51,20 @@ def webp(views: list[Picture], qualities: list[float]) -> list[Picture]:
 
 
 def codec(weights: Path) -> Degrade:
-    """The codec itself, through its real files: each view encoded and decoded alone, without refinement."""
-    model = load_model(weights)
+    """The codec itself, each view alone, without refinement; nothing is written to files, so it is quick."""
+    net = load_model(weights).net.float()
 
+    @torch.no_grad()
     def degrade(views: list[Picture], qualities: list[float]) -> list[Picture]:
-        files = [encode_image(model, Image(view), 100 * q) for view, q in zip(views, qualities, strict=True)]
-        decoded = [decode_set(model, [file], joint=False, refine=False)[0] for file in files]
-        return [view.pixels.astype(np.uint8) for view in decoded]
+        pictures = to_tensor(views)
+        height, width = pictures.shape[-2:]
+        padded = F.pad(pictures, (0, -width % 64, 0, -height % 64), mode="replicate")
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = [
+                net(picture[None, None], torch.tensor([[quality]]), joint=False).pictures[0, 0, :, :height, :width]
+                for picture, quality in zip(padded, qualities, strict=True)
+            ]
+        return [(255 * x.float().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy() for x in decoded]
 
     return degrade
 
@@ -246,6 +252,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--views", type=int, default=4, help="of a scene at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quality", type=float, nargs="+", default=[0.2, 0.6])
     options = parser.parse_args()
@@ -255,7 +262,7 @@ def main() -> None:
     if options.weights:
         model.load_state_dict(load_file(options.weights))
     if options.verb == "cache":
-        cache(options.scenes, options.cache, degrade, options.seed, rounds=options.rounds)
+        cache(options.scenes, options.cache, degrade, options.seed, options.views, options.rounds)
     elif options.verb == "train":
         files = sorted(options.cache.glob("*.safetensors"))
         train(model, files, options.out, seconds=options.seconds, rate=options.rate, seed=options.seed)
