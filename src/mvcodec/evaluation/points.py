@@ -92,10 +92,13 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.points: dict[tuple[Any, ...], Point] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
+        kept = path.read_text() if path.exists() else ""
+        if kept and not kept.endswith("\n"):
+            path.write_text(kept + "\n")  # close a line that an interruption cut short
+        for line in kept.splitlines():
             try:
                 point = Point(**json.loads(line))
-            except (ValueError, TypeError):  # cut short by an interruption, or of an older format
+            except (ValueError, TypeError):  # cut short, or of an older format
                 continue
             self.points[point.key] = point
 

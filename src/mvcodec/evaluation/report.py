@@ -138,11 +138,13 @@ def plot(points: Sequence[CurvePoint], path: Path) -> None:
 
 def table(result: Evaluation) -> str:
     """The mean BD-rates and the two other headline figures as text."""
-    lines = [f"{'BD-rate (%)':<20}" + "".join(f"{f'{c} {m}':>28}" for c in (SEPARATE, JOINT) for m in METRICS)]
+    columns = [(test, metric) for test in (SEPARATE, JOINT) for metric in METRICS]
+    titles = ["separate PSNR", "separate MS-SSIM", "joint PSNR", "joint MS-SSIM"]
+    lines = [f"{'BD-rate (%) against':<20}" + "".join(f"{title:>18}" for title in titles)]
     found = {(d.anchor, d.test, d.metric): d.percent for d in result.mean_deltas()}
     for anchor in dict.fromkeys(d.anchor for d in result.mean_deltas()):
-        row = [found.get((anchor, test, metric), math.nan) for test in (SEPARATE, JOINT) for metric in METRICS]
-        lines.append(f"{anchor:<20}" + "".join(f"{'-' if v != v else f'{v:+.1f}':>28}" for v in row))
+        row = [found.get((anchor, *column), math.nan) for column in columns]
+        lines.append(f"{anchor:<20}" + "".join(f"{'-' if v != v else f'{v:+.1f}':>18}" for v in row))
     check = result.estimate
     lines.append(f"joint over separate: {result.joint_gain_db[MEAN]:+.3f} dB PSNR for the same bytes")
     lines.append(

@@ -1,0 +1,44 @@
+"""Each peer that is here codes a picture, better at each next setting; each that is not says why."""
+
+import numpy as np
+import pytest
+
+from mvcodec.evaluation import peers
+from mvcodec.evaluation.metrics import psnr
+from mvcodec.evaluation.peers import PEERS
+from tests.conftest import smooth_picture
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_more_bits_buy_more_fidelity(peer):
+    if reason := peer.missing():
+        pytest.skip(reason)
+    noise = np.random.default_rng(0).integers(-6, 7, (64, 96, 3))
+    picture = (smooth_picture(64, 96).astype(int) + noise).clip(0, 255).astype(np.uint8)
+    sizes, fidelities = [], []
+    for setting in (peer.settings[0], peer.settings[len(peer.settings) // 2], peer.settings[-1]):
+        data, decoded = peer.code(picture, setting)
+        assert (decoded.shape, decoded.dtype) == (picture.shape, np.uint8)
+        sizes.append(len(data))
+        fidelities.append(psnr(picture, decoded))
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert fidelities[0] < fidelities[1] < fidelities[2]
+    assert fidelities[2] > 30
+
+
+def test_the_colour_transform_comes_back_to_one_step():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    back = peers._from_ycbcr(peers._to_ycbcr(picture))
+    assert np.abs(back.astype(int) - picture).max() <= 2
+    assert psnr(picture, back) > 45
+    grey = np.full((2, 2, 3), 200, np.uint8)
+    assert peers._to_ycbcr(grey)[:, 0, 0].tolist() == [200, 128, 128]
+
+
+def test_what_is_not_here_is_said_not_raised(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    peers._without_x265.cache_clear()
+    assert PEERS["x265"].missing() == "ffmpeg is not on PATH"
+    peers._without_x265.cache_clear()
+    monkeypatch.setattr("PIL.features.check", lambda feature: False)
+    assert PEERS["avif"].missing() == "this Pillow was built without avif"

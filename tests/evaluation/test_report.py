@@ -1,0 +1,175 @@
+"""An evaluation of a small scene with the tiny model: real files, every table, and nothing measured twice."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image as pil
+
+from mvcodec import codec
+from mvcodec.codec import decode_set, encode_image
+from mvcodec.errors import DesyncError, PictureError, UsageError
+from mvcodec.evaluation import measure
+from mvcodec.evaluation.metrics import psnr
+from mvcodec.evaluation.points import Ledger, Point, read_scenes
+from mvcodec.evaluation.report import evaluate
+from mvcodec.evaluation.summary import (
+    JOINT,
+    MEAN,
+    SEPARATE,
+    check_estimate,
+    curve_points,
+    deltas,
+    joint_gain_db,
+)
+from mvcodec.images import Image
+from tests.conftest import smooth_picture
+
+QUALITIES = (0.0, 30.0, 60.0, 90.0)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Scene `wide` of two views, scene `small` of one; a folder without pictures is no scene."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for scene, view, size in (("wide", "a", (176, 192)), ("wide", "b", (176, 192)), ("small", "c", (64, 80))):
+        (folder / scene).mkdir(exist_ok=True)
+        pil.fromarray(smooth_picture(*size, seed=ord(view))).save(folder / scene / f"{view}.png")
+    (folder / "notes").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(scenes, tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    said: list[str] = []
+    result = evaluate(scenes, tiny_model, out, qualities=QUALITIES, peers=["jpeg"], tell=said.append)
+    return result, out, said
+
+
+def rows(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_points_are_those_of_real_files(evaluation, scenes, tiny_model):
+    _, out, _ = evaluation
+    points = {p.key[:1] + p.key[3:4] + p.key[6:]: p for p in Ledger(out / "mvcodec.jsonl").points.values()}
+    originals = {v: np.asarray(pil.open(scenes / "wide" / f"{v}.png")) for v in "ab"}
+    files = [encode_image(tiny_model, Image(originals[v]), 60.0, camera_id=v) for v in "ab"]
+    for joint, name in ((False, SEPARATE), (True, JOINT)):
+        for view in decode_set(tiny_model, files, joint=joint):
+            camera = view.header.camera_id
+            point = points[name, camera, 60.0]
+            assert point.bytes == len(files["ab".index(camera)])
+            assert point.bpp == 8 * point.bytes / (176 * 192)
+            assert point.psnr_db == pytest.approx(psnr(originals[camera], view.pixels), abs=1e-9)
+            assert point.ms_ssim is not None
+
+
+def test_tables_hold_scenes_and_means(evaluation):
+    result, out, _ = evaluation
+    curves = rows(out / "curves.csv")
+    assert {r["codec"] for r in curves} == {"jpeg", SEPARATE, JOINT}
+    assert {r["scene"] for r in curves} == {"wide", "small", MEAN}
+    ours = {(r["scene"], float(r["setting"])): r for r in curves if r["codec"] == SEPARATE}
+    for quality in QUALITIES:
+        scene_bpp = [float(ours[scene, quality]["bpp"]) for scene in ("wide", "small")]
+        assert float(ours[MEAN, quality]["bpp"]) == pytest.approx(sum(scene_bpp) / 2)
+    wanted = {("jpeg", SEPARATE), ("jpeg", JOINT), (SEPARATE, JOINT)}
+    assert {(r["anchor"], r["test"]) for r in rows(out / "bd_rate.csv")} == wanted
+    small = next(d for d in result.deltas if (d.scene, d.metric) == ("small", "ms_ssim"))
+    assert math.isnan(small.percent)
+    assert "lacks values" in small.reason  # 64 pixels are too few for MS-SSIM
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["scenes"] == ["small", "wide"]
+    assert summary["peers"] == {"jpeg": "Pillow JPEG, 4:4:4, optimised"}
+    assert "akima" in summary["bd_rate_method"]
+    with pil.open(out / "rate_distortion.png") as figure:
+        assert figure.width > 300
+
+
+def test_an_untrained_fusion_gains_nothing(evaluation):
+    result, _, _ = evaluation
+    assert result.joint_gain_db[MEAN] == pytest.approx(0, abs=0.05)
+    assert result.estimate.files == len(QUALITIES) * 3
+    assert abs(result.estimate.percent) < 15  # small files, untrained prior; the sizes are of one kind
+
+
+def test_a_second_run_measures_nothing_again(evaluation, scenes, tiny_model, monkeypatch):
+    _, out, _ = evaluation
+    before = {name: (out / name).read_bytes() for name in ("mvcodec.jsonl", "peers.jsonl", "curves.csv")}
+    monkeypatch.setattr(codec, "encode_view", None)
+    evaluate(scenes, tiny_model, out, qualities=QUALITIES, peers=["jpeg"])
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_an_interrupted_run_goes_on_where_it_was(evaluation, scenes, tiny_model, tmp_path):
+    _, out, _ = evaluation
+    lines = (out / "mvcodec.jsonl").read_text().splitlines(keepends=True)
+    ledger, peers = tmp_path / "mvcodec.jsonl", out / "peers.jsonl"
+    ledger.write_text("".join(lines[:-3]) + lines[-3][:40])  # the last one cut short
+    evaluate(scenes, tiny_model, tmp_path, qualities=QUALITIES, peers=["jpeg"], peer_results=peers)
+    assert (tmp_path / "curves.csv").read_bytes() == (out / "curves.csv").read_bytes()
+    assert Ledger(ledger).points.keys() == Ledger(out / "mvcodec.jsonl").points.keys()
+
+
+def test_views_and_scenes_can_be_limited(scenes):
+    (scene,) = read_scenes(scenes, ["wide"], limit_views=1)
+    assert [view.name for view in scene.views] == ["a"]
+    with pytest.raises(UsageError, match="has no scene absent"):
+        list(read_scenes(scenes, ["absent"]))
+    with pytest.raises(UsageError, match="has no scenes"):
+        list(read_scenes(scenes / "wide"))
+
+
+def test_only_pictures_that_every_peer_codes_are_compared(tmp_path):
+    (tmp_path / "scene").mkdir()
+    pil.fromarray(smooth_picture(20, 20)[..., 0]).save(tmp_path / "scene" / "grey.png")
+    with pytest.raises(PictureError, match="8-bit RGB"):
+        list(read_scenes(tmp_path))
+
+
+def test_too_few_qualities_are_refused_before_any_work(scenes, tiny_model, tmp_path):
+    with pytest.raises(UsageError, match="at least 4"):
+        evaluate(scenes, tiny_model, tmp_path, qualities=(10, 10, 20, 30))
+
+
+def test_a_file_that_decodes_to_something_else_stops_the_evaluation(tiny_model, scenes, tmp_path, monkeypatch):
+    (scene,) = read_scenes(scenes, ["small"])
+    other = SimpleNamespace(pixels=scene.views[0].pixels)
+    monkeypatch.setattr(codec, "decode_set", lambda *args, **options: [other])
+    with pytest.raises(DesyncError, match="differs from what its encoder saw"):
+        list(measure.measure_ours(scene, tiny_model, [50.0], Ledger(tmp_path / "l"), lambda sentence: None))
+
+
+def point(codec_name: str, scene: str, setting: float, bpp: float, psnr_db: float, **extra) -> Point:
+    return Point(codec_name, "v", scene, "a", 1, 0, setting, int(1000 * bpp), bpp, psnr_db, 0.9 + psnr_db / 1000, extra)
+
+
+def test_mean_bd_rate_is_the_mean_of_the_scenes_figures():
+    points = []
+    for scene, factor in (("x", 0.5), ("y", 0.8)):
+        for setting in range(5):
+            bpp, db = 0.1 * 2**setting, 28 + 3 * setting + len(scene)
+            points += [point("jpeg", scene, setting, bpp, db), point(SEPARATE, scene, setting, factor * bpp, db)]
+            points.append(point(JOINT, scene, setting, factor * bpp, db + 0.25))
+    curves = curve_points(points)
+    found = {(d.anchor, d.test, d.scene): d.percent for d in deltas(curves) if d.metric == "psnr"}
+    assert found["jpeg", SEPARATE, "x"] == pytest.approx(-50)
+    assert found["jpeg", SEPARATE, "y"] == pytest.approx(-20)
+    assert found["jpeg", SEPARATE, MEAN] == pytest.approx(-35)
+    assert found[SEPARATE, JOINT, MEAN] == pytest.approx(100 * (2 ** (-0.25 / 3) - 1))
+    assert joint_gain_db(curves) == pytest.approx({"x": 0.25, "y": 0.25, MEAN: 0.25})
+
+
+def test_estimate_is_compared_without_the_header():
+    files = [point(SEPARATE, "x", i, 1.0, 30.0, overhead_bytes=100, estimated_bytes=e) for i, e in ((0, 900), (1, 750))]
+    check = check_estimate([*files, point(JOINT, "x", 0, 1.0, 30.0)])
+    assert (check.files, check.payload_bytes, check.estimated_bytes) == (2, 1800, 1650)
+    assert check.percent == pytest.approx(100 * (1800 / 1650 - 1))
+    assert check.worst_percent == pytest.approx(20)
