@@ -160,7 +160,7 @@ def reconstruct(
     decoded: list[Tensor] = []
     for y, b, q in groups:
         with _autocast(model):
-            pictures = net.para_jd(y, b, joint)[0].float().clamp(0, 1)  # [K, 3, H, W]
+            pictures = net.para_jd(y, b, joint, model.fuses)[0].float().clamp(0, 1)  # [K, 3, H, W]
             if refine and net.refinement is not None:
                 pictures = net.refinement(pictures, q, peers=joint).pictures
         decoded.extend(pictures)

@@ -48,6 +48,11 @@ class Model:
         return self.net.gain.log_gain.device
 
     @cached_property
+    def fuses(self) -> bool:
+        """Whether Para-JD's fusions do anything: before their training stage all gains are zero."""
+        return any(bool(fusion.gain.any()) for fusion in self.net.para_jd.fusions)
+
+    @cached_property
     def bfloat16(self) -> bool:
         """Whether the float networks run in bfloat16: only where the processor has it in hardware."""
         return self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
