@@ -219,7 +219,8 @@ def _deliver(
         "damage": damage,
         "seconds": round(seconds, 3),
     }
-    helped = f", with {', '.join(decoded.peers)}" if decoded.peers else ", alone"
+    helpers = ", ".join(decoded.peers) if len(decoded.peers) < 4 else f"{len(decoded.peers)} others"
+    helped = f", with {helpers}" if helpers else ", alone"
     if damage:
         report.note(f"{view.name}: {damage}; decoded what is intact")
     report.result(record, f"{view.name} -> {label(path)}: {header.width} x {header.height}{helped}", err=True)
