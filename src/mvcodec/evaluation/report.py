@@ -118,18 +118,20 @@ def plot(points: Sequence[CurvePoint], path: Path) -> None:
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
-    names = sorted({p.codec for p in points}, key=lambda name: (name in (SEPARATE, JOINT), name))
-    for name in names:
-        line = curve(points, name, MEAN, "psnr")
-        ours = {SEPARATE: {"color": "black", "linestyle": "--"}, JOINT: {"color": "black"}}.get(name)
-        style = {"linewidth": 2.0, "zorder": 3, **ours} if ours else {"linewidth": 1.2}
+    ours = {JOINT: {"color": "black"}, SEPARATE: {"color": "0.5", "linestyle": "--"}}  # drawn last, on top
+    lines = {name: curve(points, name, MEAN, "psnr") for name in sorted({p.codec for p in points} - {*ours})}
+    lines |= {name: curve(points, name, MEAN, "psnr") for name in ours}
+    for name, line in lines.items():
+        style = {"linewidth": 2.2, "zorder": 3, **ours[name]} if name in ours else {"linewidth": 1.2}
         axes.plot(line.bpp, line.fidelity_db, marker="o", markersize=3, label=name, **style)
     scenes = len({p.scene for p in points} - {MEAN})
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel("PSNR (dB)")
     axes.set_title(f"mean of {scenes} scene{'s' * (scenes != 1)}, real file sizes")
-    reach = [max(curve(points, name, MEAN, "psnr").bpp) for name in (SEPARATE, JOINT) if name in names]
-    axes.set_xlim(0, 1.1 * max(reach))
+    reach = 1.1 * max(lines[SEPARATE].bpp)
+    shown = [db for line in lines.values() for bpp, db in zip(*line, strict=True) if bpp < reach]
+    axes.set_xlim(0, reach)
+    axes.set_ylim(min(shown) - 1, max(shown) + 2)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic(path) as file:
