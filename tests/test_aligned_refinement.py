@@ -1,11 +1,12 @@
 """The aligned refinement starts as the identity, uses peers only where they agree, learns to use them."""
 
+import numpy as np
 import pytest
 import torch
 
 from mvcodec.nn.aligned_refinement import AlignedRefinement, match_colours
 from mvcodec.nn.alignment import Alignment
-from mvcodec.training.refinement import loss
+from mvcodec.training.refinement import CROP, SIDES, examples, loss
 from tests.test_alignment import grid, texture
 
 SIZE = (64, 96)
@@ -122,3 +123,17 @@ def test_learns_to_use_a_cleaner_peer() -> None:
     clean, joint = ratios[-1]
     assert joint < 0.7
     assert joint < clean - 0.1
+
+
+def test_examples_show_one_place_through_all_views() -> None:
+    """A codec without loss: main and target are equal, and so is the warped peer where it is consistent."""
+    views = [texture(grid((208, 224)) + shift)[0].permute(1, 2, 0).mul(255).byte().numpy() for shift in (0, 6)]
+    found = examples(views, lambda pictures, _: pictures, np.random.default_rng(0), crops=2)
+    assert found["target"].shape == (4, 3, CROP, CROP)
+    assert found["peers"].shape == (4, SIDES, 3, CROP, CROP)
+    assert torch.equal(found["main"], found["target"])
+    assert not found["consistency"][:, 1:].any()  # two views: one peer, the other places stay empty
+    sure = found["consistency"][:, 0] > 240
+    assert sure.float().mean() > 0.7
+    difference = (found["peers"][:, 0].float() - found["target"].float()).abs().amax(1, keepdim=True)
+    assert difference[sure].mean() < 2

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mvcodec.nn.aligned_refinement import AlignedRefinement, see_through_peers
 from mvcodec.nn.alignment import align
+from mvcodec.training.data import global_shift
 from mvcodec.weights import load_model
 
 CROP = 192
@@ -75,6 +76,19 @@ def read_scene(folder: Path, limit: int | None = None) -> list[Picture]:
     return [view for view in views if view.shape == views[0].shape][:limit]
 
 
+def overlapping_windows(views: list[Picture], size: int, rng: np.random.Generator) -> list[Picture]:
+    """A random window of every view, moved by the global shift between the views: a quarter of the work."""
+    height, width, _ = views[0].shape
+    rows, columns = min(size, height), min(size, width)
+    top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
+    windows = []
+    for view in views:
+        down, right = global_shift(views[0], view)
+        y, x = int(np.clip(top + down, 0, height - rows)), int(np.clip(left + right, 0, width - columns))
+        windows.append(view[y : y + rows, x : x + columns])
+    return windows
+
+
 def to_tensor(views: list[Picture]) -> Tensor:
     """uint8 [H, W, 3] each -> [K, 3, H, W] in [0, 1]"""
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
@@ -83,7 +97,7 @@ def to_tensor(views: list[Picture]) -> Tensor:
 # --- cache ---
 
 
-def examples(views: list[Picture], degrade: Degrade, rng: np.random.Generator, crops: int = 8) -> Example:
+def examples(views: list[Picture], degrade: Degrade, rng: np.random.Generator, crops: int = 5) -> Example:
     """Crops of every view of a scene with its most consistent peers; all uint8 but the qualities."""
     qualities = [float(rng.random())] * len(views)
     if rng.random() < 0.5:
@@ -120,7 +134,9 @@ def _spots(consistency: Tensor, count: int, rng: np.random.Generator) -> Iterato
         yield max(corners, key=lambda c: float(consistency[c[0] : c[0] + CROP, c[1] : c[1] + CROP].mean()))
 
 
-def cache(scenes: Path, out: Path, degrade: Degrade, seed: int = 0, limit: int = 4, rounds: int = 1) -> None:
+def cache(
+    scenes: Path, out: Path, degrade: Degrade, *, seed: int = 0, limit: int = 4, rounds: int = 1, window: int = 512
+) -> None:
     """One file of examples per scene and round, in random order of scenes; files that exist are kept."""
     out.mkdir(parents=True, exist_ok=True)
     folders = sorted({path.parent for path in scenes.rglob("*.webp")})
@@ -132,7 +148,8 @@ def cache(scenes: Path, out: Path, degrade: Degrade, seed: int = 0, limit: int =
             if file.exists() or len(views) < 2:
                 continue
             start = time.time()
-            save_file(examples(views, degrade, np.random.default_rng((seed, r, n))), file)
+            own = np.random.default_rng((seed, r, n))
+            save_file(examples(overlapping_windows(views, window, own), degrade, own), file)
             echo(f"{file.name}: {len(views)} views, {time.time() - start:.1f} s")
 
 
@@ -170,7 +187,8 @@ def loss(model: AlignedRefinement, batch: Example) -> tuple[Tensor, Tensor, Tens
         alone, _ = model.clean(main, batch["quality"])
     separate = _mse(main, target) + 1e-6
     clean_ratio, joint_ratio = _mse(alone, target) / separate, _mse(joint, target) / separate
-    return (joint_ratio + clean_ratio).mean() / 2, clean_ratio.detach().mean(), joint_ratio.detach().mean()
+    harm = (joint_ratio - clean_ratio.detach()).clamp_min(0)  # peers must not do worse than none
+    return (joint_ratio + clean_ratio + 2 * harm).mean() / 2, clean_ratio.detach().mean(), joint_ratio.detach().mean()
 
 
 def _mse(x: Tensor, target: Tensor) -> Tensor:
@@ -262,7 +280,7 @@ def main() -> None:
     if options.weights:
         model.load_state_dict(load_file(options.weights))
     if options.verb == "cache":
-        cache(options.scenes, options.cache, degrade, options.seed, options.views, options.rounds)
+        cache(options.scenes, options.cache, degrade, seed=options.seed, limit=options.views, rounds=options.rounds)
     elif options.verb == "train":
         files = sorted(options.cache.glob("*.safetensors"))
         train(model, files, options.out, seconds=options.seconds, rate=options.rate, seed=options.seed)
