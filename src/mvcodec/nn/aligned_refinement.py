@@ -42,6 +42,14 @@ class PeerPictures(NamedTuple):
     consistency: Tensor  # [S, 1, H, W] in [0, 1]
 
 
+class Fused(NamedTuple):
+    """Main views [B, 3, H, W] refined with peers, the same without them, and each peer's share [B, S, 1, H, W]."""
+
+    pictures: Tensor
+    alone: Tensor
+    shares: Tensor
+
+
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -99,11 +107,11 @@ class AlignedRefinement(nn.Module):
             chosen = _choose(alignment, i, max_peers) if alignment is not None and peers else []
             if chosen:
                 seen = see_through_peers(pictures, alignment, i, chosen)  # type: ignore[arg-type]
-                picture, share = self.fuse(
+                picture, _, shares = self.fuse(
                     pictures[i : i + 1], quality[i : i + 1], seen.pictures[None], seen.consistency[None],
                     quality[chosen][None],
                 )  # fmt: skip
-                weights[i, chosen] = share[0].float()
+                weights[i, chosen] = shares[0].float()
             else:
                 picture, _ = self.clean(pictures[i : i + 1], quality[i : i + 1])
             refined[i] = picture[0]
@@ -116,12 +124,10 @@ class AlignedRefinement(nn.Module):
         features = self.look(torch.cat((2 * x - 1, _plane(quality, x)), dim=1))
         return pictures + _restore(self.clean_out(features), pictures), features
 
-    def fuse(
-        self, main: Tensor, quality: Tensor, peers: Tensor, consistency: Tensor, peer_quality: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def fuse(self, main: Tensor, quality: Tensor, peers: Tensor, consistency: Tensor, peer_quality: Tensor) -> Fused:
         """Main views [B, 3, H, W] with S warped peers each [B, S, 3, H, W], consistency [B, S, 1, H, W].
 
-        Qualities are [B] and [B, S]. Returns the picture [B, 3, H, W] and the peers' shares [B, S, 1, H, W].
+        Qualities are [B] and [B, S].
         """
         batch, sources = peers.shape[:2]
         cleaned, features = self.clean(main, quality)
@@ -141,7 +147,7 @@ class AlignedRefinement(nn.Module):
         gate = reliable.unflatten(0, (batch, sources)).amax(1).repeat(1, 3, 1, 1)
         size = main.shape[-2:]
         shares = F.pixel_shuffle(share.flatten(0, 1), 2).unflatten(0, (batch, sources))[..., : size[0], : size[1]]
-        return cleaned + _restore(gate * residual, main), shares
+        return Fused(cleaned + _restore(gate * residual, main), cleaned, shares)
 
 
 def see_through_peers(pictures: Tensor, alignment: Alignment, view: int, peers: list[int]) -> PeerPictures:

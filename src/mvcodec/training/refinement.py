@@ -172,10 +172,12 @@ def batches(files: list[Path], size: int, crop: int, rng: np.random.Generator) -
             batch[name] = x
         flips = [dim for dim in (-1, -2) if rng.random() < 0.5]
         batch = {name: x if "quality" in name else x.flip(flips) for name, x in batch.items()}
-        keep = torch.from_numpy(rng.random((size, SIDES)) < rng.choice([0.4, 0.7, 1.0])).float()
+        # the commonest case is one peer, and the cheapest; places that stay empty in all examples only cost time
+        used = int((batch["consistency"].amax((2, 3, 4)) > 0).sum(1).amax().clamp(min=1))
+        used = 1 if rng.random() < 0.2 else used
+        batch = {k: x[:, :used] if k in ("peers", "consistency", "peer_quality") else x for k, x in batch.items()}
+        keep = torch.from_numpy(rng.random((size, used)) < rng.choice([0.4, 0.7, 1.0])).float()
         batch["consistency"] = batch["consistency"] * keep[:, :, None, None, None]
-        if rng.random() < 0.2:  # one peer is the commonest case and the cheapest
-            batch = {k: x[:, :1] if k in ("peers", "consistency", "peer_quality") else x for k, x in batch.items()}
         yield batch
 
 
@@ -183,8 +185,9 @@ def loss(model: AlignedRefinement, batch: Example) -> tuple[Tensor, Tensor, Tens
     """(loss, clean ratio, joint ratio): MSE with and without peers, relative to the separate decode's."""
     main, target = batch["main"], batch["target"]
     with torch.autocast(main.device.type, torch.bfloat16):
-        joint, _ = model.fuse(main, batch["quality"], batch["peers"], batch["consistency"], batch["peer_quality"])
-        alone, _ = model.clean(main, batch["quality"])
+        joint, alone, _ = model.fuse(
+            main, batch["quality"], batch["peers"], batch["consistency"], batch["peer_quality"]
+        )
     separate = _mse(main, target) + 1e-6
     clean_ratio, joint_ratio = _mse(alone, target) / separate, _mse(joint, target) / separate
     harm = (joint_ratio - clean_ratio.detach()).clamp_min(0)  # peers must not do worse than none
