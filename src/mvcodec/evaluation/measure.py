@@ -30,17 +30,18 @@ def usable_peers(names: Sequence[str], tell: Tell) -> list[Peer]:
 
 
 def measure_peer(scene: Scene, peer: Peer, ledger: Ledger) -> list[Point]:
-    """Every view at every setting."""
-    return [_peer_point(scene, view, peer, setting, ledger) for view in scene.views for setting in peer.settings]
-
-
-def _peer_point(scene: Scene, view: View, peer: Peer, setting: int, ledger: Ledger) -> Point:
-    point = ledger.get(peer.name, peer.about, scene, view, setting)
-    if point is None:
-        data, decoded = peer.code(view.pixels, setting)
-        point = measure(peer.name, peer.about, scene, view, setting, len(data), decoded)
-        ledger.add([point])
-    return point
+    """Every view at every setting; each view is a scene of its own, for a peer sees no other."""
+    points = []
+    for view in scene.views:
+        alone = Scene(scene.name, (view,))
+        for setting in peer.settings:
+            point = ledger.get(peer.name, peer.about, alone, view, setting)
+            if point is None:
+                data, decoded = peer.code(view.pixels, setting)
+                point = measure(peer.name, peer.about, alone, view, setting, len(data), decoded)
+                ledger.add([point])
+            points.append(point)
+    return points
 
 
 def measure_ours(scene: Scene, model: Model, qualities: Sequence[float], ledger: Ledger, tell: Tell) -> Iterator[Point]:
