@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mvcodec import codec, container
 from mvcodec.errors import DesyncError
 from mvcodec.evaluation.peers import PEERS, Peer
-from mvcodec.evaluation.points import Ledger, Point, Scene, View, measure
+from mvcodec.evaluation.points import Ledger, Point, Scene, measure
 from mvcodec.images import Image
 from mvcodec.weights import Model
 
