@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mvcodec.errors import UsageError
+from mvcodec.frames import PICTURE_SUFFIXES
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 COARSE = 8  # global shifts are found at 1/8
 
 
@@ -37,7 +37,7 @@ def find_scenes(folder: Path) -> dict[str, list[Path]]:
     """Every folder below `folder` that holds pictures, as scene name -> sorted files."""
     scenes: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in PICTURE_SUFFIXES:
             scenes.setdefault(str(path.parent.relative_to(folder)), []).append(path)
     if not scenes:
         raise UsageError(f"{folder}: holds no pictures; give a folder of scenes, each a folder of views")
