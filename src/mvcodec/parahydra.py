@@ -168,29 +168,48 @@ class ParaHydra(nn.Module):
             torch.exp2((spread.log2() + middle_gain / math.log(2)).round().clamp(min=0))[:, None, None]
         )
 
-    def forward(self, pictures: Tensor, t: Tensor, joint: bool = True, fuse: bool = True) -> TrainingOutput:
-        """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1]."""
+    def forward(
+        self,
+        pictures: Tensor,
+        t: Tensor,
+        joint: bool = True,
+        fuse: bool = True,
+        rate: bool = True,
+        clean: bool = True,
+    ) -> TrainingOutput:
+        """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1].
+
+        clean: with the refinement's peerless part; its peers are not included, they have a stage of their own.
+        rate=False leaves out the entropy model, for stages that change no bit: y is rounded as it is, whose errors are
+        distributed like those of rounding y - mu; bits are then zero.
+        """
         batch, views = t.shape
         basis = hat_basis(t.flatten(), self.config.quality_knots)
-        y = self.g_a(pictures.flatten(0, 1), basis) * self.gain.gain(basis)
-        y = y.float()
-        z = self.h_a(y).float()
-        z_bits = hp.bits(self.z_prior.likelihood(hp.noisy(z)))
-        hyper = self.h_s(hp.round_straight_through(z))
+        y = (self.g_a(pictures.flatten(0, 1), basis) * self.gain.gain(basis)).float()
+        if rate:
+            y_hat, bits = self._entropy(y, t.flatten())
+        else:
+            y_hat, bits = hp.round_straight_through(y), torch.zeros_like(t).flatten()
+        y_hat = y_hat * self.gain.inverse(basis)
+        x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
+        x_hat = x_hat.float()
+        if clean and self.refinement is not None:
+            x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
+        return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)))
 
-        y_bits = torch.zeros_like(z_bits)
+    def _entropy(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """y [B, M, h, w], t [B] -> y_hat as the decoder will have it, bits of each view [B] (Eq. (2), (3))."""
+        z = self.h_a(y).float()
+        total = hp.bits(self.z_prior.likelihood(hp.noisy(z)))
+        hyper = self.h_s(hp.round_straight_through(z))
         steps = [half for part in y.chunk(self.config.slices, dim=1) for half in split(part)]
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
-            nonlocal y_bits
-            mu = mu.float()
-            residual = steps[step] - mu
-            y_bits = y_bits + hp.gaussian_bits(residual, ln_sigma.float())
-            return hp.round_straight_through(residual) + mu
+            nonlocal total
+            residual = steps[step] - mu.float()
+            total = total + hp.gaussian_bits(residual, ln_sigma.float())
+            return hp.round_straight_through(residual) + mu.float()
 
-        y_hat = self.para_em(
-            hyper, log_gain_reference(0) + (log_gain_reference(1) - log_gain_reference(0)) * t.flatten(), code
-        )
-        y_hat = y_hat * self.gain.inverse(basis)
-        x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
-        return TrainingOutput(x_hat.float(), (y_bits + z_bits).unflatten(0, (batch, views)))
+        low, high = log_gain_reference(0), log_gain_reference(1)
+        y_hat = self.para_em(hyper, low + (high - low) * t, code)
+        return y_hat, total

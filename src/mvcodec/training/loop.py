@@ -42,7 +42,7 @@ class TrainConfig:
     steps: int = 4000
     batch: int = 8
     crop: int = 256
-    max_views: int = 3  # of stage joint
+    max_views: int = 3  # of stage joint; 1 trains the decoder on lone views and leaves the fusions alone
     learning_rate: float = 5e-4
     warmup: int = 200
     clip: float = 1.0
@@ -155,10 +155,14 @@ class Trainer:
         if self.config.stage == "joint":
             self.model.requires_grad_(False)
             self.model.para_jd.requires_grad_(True)
+            self.model.para_jd.fusions.requires_grad_(self.fuse)
+            self.model.gain.log_inverse.requires_grad_(True)
         elif self.config.stage == "single":
             self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
             if self.model.refinement is not None:
-                self.model.refinement.requires_grad_(False)  # a stage of its own
+                self.model.refinement.requires_grad_(False)
+                self.model.refinement.look.requires_grad_(True)  # the part that needs no peers
+                self.model.refinement.clean_out.requires_grad_(True)
         else:
             raise UsageError(f"stage {self.config.stage!r} is neither single nor joint")
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -182,6 +186,11 @@ class Trainer:
     def joint(self) -> bool:
         return self.config.stage == "joint"
 
+    @property
+    def fuse(self) -> bool:
+        """Lone views alone say nothing about how to fuse several."""
+        return self.joint and self.config.max_views > 1
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
@@ -189,7 +198,7 @@ class Trainer:
         if self.config.stage == "single":
             return 1
         rng = np.random.default_rng((self.config.seed, step, 2))
-        return 1 if rng.random() < 0.15 else int(rng.integers(2, self.config.max_views + 1))
+        return 1 if not self.fuse or rng.random() < 0.15 else int(rng.integers(2, self.config.max_views + 1))
 
     def train_step(self) -> dict[str, float]:
         """One update; depends on (seed, step) and the weights alone."""
@@ -203,7 +212,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         with self.autocast():
-            out = self.model(pictures, t, joint=self.joint, fuse=self.joint)
+            out = self.model(pictures, t, joint=self.joint, fuse=self.fuse, rate=not self.joint)
         loss, bpp, mse = loss_of(pictures, out.pictures, out.bits, t)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -241,7 +250,7 @@ class Trainer:
                         if joint and not self.joint:
                             psnrs.extend(alone[-pictures.shape[1] :])
                             continue
-                        out = self.model(pictures, t, joint, fuse=self.joint)
+                        out = self.model(pictures, t, joint, fuse=self.fuse)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
                         psnrs.extend((-10 * torch.log10(mse)).flatten().tolist())
                     bpps.extend((out.bits / crop**2).flatten().tolist())
