@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mvcodec.nn.layers import leaky, start_at_unit_variance
 
-LIKELIHOOD_BOUND = 1e-9
+LIKELIHOOD_BOUND = 2.0**-16  # the smallest probability in the coder's tables
 LN_SIGMA_BOUND = -2.3  # just under the coder's lowest scale, 0.11
 HYPER_START = 4.0  # initial magnification of z: rounded to zero, it would carry nothing to learn from
 
