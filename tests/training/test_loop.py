@@ -96,5 +96,5 @@ def test_rate_warms_up_and_decays(config):
 
 
 def test_an_unknown_stage_is_refused(config):
-    with pytest.raises(UsageError, match="neither single nor joint"):
+    with pytest.raises(UsageError, match="none of single, joint, refine"):
         Trainer(replace(config, stage="both"), progress=False)

@@ -19,10 +19,10 @@ FOLDER = click.Path(exists=True, file_okay=False)
 @click.option("--profile", type=click.Choice(["fast", "paper", "tiny"]), default="fast", show_default=True)
 @click.option(
     "--stage",
-    type=click.Choice(["single", "joint"]),
+    type=click.Choice(["single", "joint", "refine"]),
     default="single",
     show_default=True,
-    help="single: everything, on lone views. joint: then the joint decoder alone, on sets of views.",
+    help="single: all, on lone views; joint: the joint decoder, on sets of views; refine: its aligned refinement.",
 )
 @click.option(
     "--out",
@@ -68,11 +68,12 @@ def train(
 ) -> None:
     r"""Train weights on DATA_DIR, a folder of scenes, each a folder of overlapping pictures of one place.
 
-    First the single-view stage, then the joint one:
+    First the single-view stage, then the joint one, then the refinement:
 
     \b
         mvcodec train scenes/ --out runs/a --steps 20000
         mvcodec train scenes/ --out runs/b --stage joint --start-from runs/a/checkpoint.pt
+        mvcodec train scenes/ --out runs/c --stage refine --start-from runs/b/checkpoint.pt
 
     Interrupting is safe: the checkpoint is written, and --resume goes on as if nothing had happened.
     """

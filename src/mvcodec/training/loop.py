@@ -1,7 +1,8 @@
-"""The training loop: two stages, EMA weights, checkpoints from which a run goes on as if never stopped.
+"""The training loop: stages, EMA weights, checkpoints from which a run goes on as if never stopped.
 
 Stage `single` trains everything on lone views (K = 1). Stage `joint` freezes the encoder and the entropy model, so
-that no bit changes, and trains Para-JD on sets of overlapping views of random K, K = 1 included.
+that no bit changes, and trains Para-JD on sets of overlapping views of random K, K = 1 included. Stage `refine`
+(refinement.py) then trains the pixel-aligned refinement alone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class TrainConfig:
     data: str
     run_dir: str
     profile: str = "fast"
-    stage: str = "single"  # single | joint
+    stage: str = "single"  # single | joint | refine
     steps: int = 4000
     batch: int = 8
     crop: int = 256
@@ -164,7 +165,7 @@ class Trainer:
                 self.model.refinement.look.requires_grad_(True)  # the part that needs no peers
                 self.model.refinement.clean_out.requires_grad_(True)
         else:
-            raise UsageError(f"stage {self.config.stage!r} is neither single nor joint")
+            raise UsageError(f"stage {self.config.stage!r} is none of single, joint, refine")
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -330,6 +331,10 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path."""
     if config.threads == 0 and config.device == "cpu":
         config = replace(config, threads=max(1, torch.get_num_threads()))
+    if config.stage == "refine":
+        from mvcodec.training.refinement import refine
+
+        return refine(config, progress)
     trainer = Trainer(config, progress)
     trainer.fit()
     return trainer.run / "checkpoint.pt"

@@ -1,0 +1,50 @@
+"""Stage `refine`: only the refinement learns, on what the codec decodes, and a stopped run goes on as if it had not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvcodec.errors import UsageError
+from mvcodec.training import refinement
+from mvcodec.training.export import export_checkpoint
+from mvcodec.training.loop import TrainConfig, train
+from mvcodec.weights import load_model
+
+
+@pytest.fixture
+def config(scenes_folder, tmp_path, monkeypatch):
+    for name, value in {"WINDOW": 128, "CROP": 96, "TRAINED_CROP": 64, "ROUNDS": 1}.items():
+        monkeypatch.setattr(refinement, name, value)
+    single = TrainConfig(
+        data=str(scenes_folder), run_dir=str(tmp_path / "single"), profile="tiny", steps=1, batch=1, crop=64, threads=1
+    )
+    return replace(
+        single, stage="refine", run_dir=str(tmp_path / "refine"), steps=4, batch=2, start_from=str(train(single, False))
+    )
+
+
+def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
+    before = torch.load(config.start_from, weights_only=True)["ema"]
+    checkpoint = train(config, progress=False)
+    after = torch.load(checkpoint, weights_only=True)["ema"]
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert "refinement.clean_out.weight" in changed
+    assert all(name.startswith("refinement.") for name in changed)
+    single = export_checkpoint(config.start_from, tmp_path / "single.safetensors")
+    assert export_checkpoint(checkpoint, tmp_path / "refined.safetensors") == single
+    assert load_model(tmp_path / "refined.safetensors").net.config.refine == "aligned"
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
+    whole = torch.load(train(config, progress=False), weights_only=True)["refinement"]
+    parted = replace(config, run_dir=str(tmp_path / "parted"))
+    train(replace(parted, minutes=1e-9), progress=False)  # stops after one step
+    resumed = torch.load(train(parted, progress=False), weights_only=True)
+    assert resumed["step"] == 4
+    assert all(torch.equal(resumed["refinement"][name], value) for name, value in whole.items())
+
+
+def test_a_stage_without_a_codec_to_start_from_is_refused(config):
+    with pytest.raises(UsageError, match="needs the checkpoint of an earlier stage"):
+        train(replace(config, start_from=""), progress=False)
