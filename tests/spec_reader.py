@@ -66,9 +66,7 @@ class RangeDecoder:
         return self.entry([j << (24 - k) for j in range(2**k + 1)]) if k else 0
 
 
-def decode_section(
-    section: bytes, table_index: list[int], tables: list[Table], skip_first: bool
-) -> list[int]:
+def decode_section(section: bytes, table_index: list[int], tables: list[Table], skip_first: bool) -> list[int]:
     """Sections 6.1 and 6.3."""
     decoder = RangeDecoder(section)
     symbols = [0] * len(table_index)

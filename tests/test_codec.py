@@ -55,8 +55,7 @@ def test_every_size_comes_back_in_its_size(tiny_model, height, width):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_any_number_of_views_of_different_sizes_and_qualities(tiny_model, count):
     files = [
-        encoded(tiny_model, 40 + 8 * k, 90 - 8 * k, seed=k, quality=10 * k, camera_id=f"cam{k}")
-        for k in range(count)
+        encoded(tiny_model, 40 + 8 * k, 90 - 8 * k, seed=k, quality=10 * k, camera_id=f"cam{k}") for k in range(count)
     ]
     views = decode_set(tiny_model, files)
     assert [v.pixels.shape for v in views] == [(40 + 8 * k, 90 - 8 * k, 3) for k in range(count)]

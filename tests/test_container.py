@@ -91,9 +91,7 @@ headers = st.builds(
     height=st.integers(1, 4096),
     colour=st.sampled_from(["rgb", "grey"]),
     depth=st.sampled_from([8, 16]),
-    camera_id=st.text(
-        st.characters(min_codepoint=48, exclude_categories=["C"], exclude_characters="/\\"), max_size=32
-    ),
+    camera_id=st.text(st.characters(min_codepoint=48, exclude_categories=["C"], exclude_characters="/\\"), max_size=32),
     frame=st.none() | st.integers(0, 2**63 - 1),
     timestamp_us=st.none() | st.integers(0, 2**63 - 1),
     icc=st.binary(max_size=200),
@@ -237,9 +235,7 @@ def assert_leading_run(part: Stream, whole: Stream) -> None:
     assert part.damage is not None
     assert part.header == whole.header
     assert part.hyper == whole.hyper
-    names = ["hyper"] + [
-        f"slice {i} {kind}" for i in range(len(whole.slices)) for kind in ("anchor", "non-anchor")
-    ]
+    names = ["hyper"] + [f"slice {i} {kind}" for i in range(len(whole.slices)) for kind in ("anchor", "non-anchor")]
     delivered = 1 + sum(1 + (s.non_anchor is not None) for s in part.slices)
     assert part.damage.missing == tuple(names[delivered:])
     for i, (got, sent) in enumerate(zip(part.slices, whole.slices, strict=False)):

@@ -196,9 +196,7 @@ def test_order_of_equal_tables_is_kept_and_dtype_does_not_matter() -> None:
         ([[0]], [[0]], "row of integers"),
     ],
 )
-def test_what_cannot_be_coded_is_a_programming_error(
-    symbols: list[int], index: list[int], message: str
-) -> None:
+def test_what_cannot_be_coded_is_a_programming_error(symbols: list[int], index: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode(np.array(symbols), np.array(index), NARROW)
 
@@ -216,9 +214,7 @@ def test_any_other_bytes_are_refused_or_other_symbols() -> None:
         b"",
         b"\xff" * 99,
     ]
-    variants += [
-        section[:i] + bytes([section[i] ^ 1 << i % 8]) + section[i + 1 :] for i in range(len(section))
-    ]
+    variants += [section[:i] + bytes([section[i] ^ 1 << i % 8]) + section[i + 1 :] for i in range(len(section))]
     refused = 0
     for changed in variants:
         try:

@@ -91,9 +91,7 @@ def test_rows_of_a_pmf_are_independent() -> None:
     assert (counts_from_pmf(pmf)[3] == counts_from_pmf(pmf[3])[0]).all()
 
 
-@pytest.mark.parametrize(
-    "pmf", [[[0.0, 0.0]], [[-0.1, 0.5]], [[np.nan, 0.5]], [[0.7, 0.7]], np.zeros((1, 70000))]
-)
+@pytest.mark.parametrize("pmf", [[[0.0, 0.0]], [[-0.1, 0.5]], [[np.nan, 0.5]], [[0.7, 0.7]], np.zeros((1, 70000))])
 def test_bad_pmf_is_refused(pmf: ArrayLike) -> None:
     with pytest.raises(ValueError, match="pmf"):
         counts_from_pmf(pmf)
@@ -121,8 +119,6 @@ def test_too_many_values_for_the_counts_are_refused() -> None:
         ([[65535, 1]], [2], [0], "row of integers"),
     ],
 )
-def test_bad_tables_are_refused(
-    counts: ArrayLike, lengths: ArrayLike, offsets: ArrayLike, message: str
-) -> None:
+def test_bad_tables_are_refused(counts: ArrayLike, lengths: ArrayLike, offsets: ArrayLike, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         Tables(counts, lengths, offsets)

@@ -65,9 +65,7 @@ def test_order_of_views_does_not_change_their_pictures(net):
     y_hat = torch.randn(1, 4, 32, 4, 4, dtype=torch.float64)
     basis = hat_basis(torch.tensor([0.1, 0.4, 0.6, 1.0], dtype=torch.float64), 3)[None]
     order = [2, 0, 3, 1]
-    torch.testing.assert_close(
-        net.para_jd(y_hat[:, order], basis[:, order]), net.para_jd(y_hat, basis)[:, order]
-    )
+    torch.testing.assert_close(net.para_jd(y_hat[:, order], basis[:, order]), net.para_jd(y_hat, basis)[:, order])
 
 
 @pytest.mark.parametrize(

@@ -371,9 +371,7 @@ def _check_signature(head: bytes) -> None:
     if SIGNATURE.startswith(head):
         raise BitstreamError("truncated inside the signature", len(head))
     if head[1:4] == b"PHV":
-        raise BitstreamError(
-            "damaged like a text file (newlines or 8th bit changed); transfer it as binary", 0
-        )
+        raise BitstreamError("damaged like a text file (newlines or 8th bit changed); transfer it as binary", 0)
     raise BitstreamError("not a .phv file: the signature is missing", 0)
 
 
@@ -403,9 +401,7 @@ def _header(meta: Any) -> Header:
 
 def _metadata_bytes(header: Header) -> bytes:
     if header.colour not in ("rgb", "grey") or header.depth not in (8, 16):
-        raise UsageError(
-            f"colour {header.colour!r} with {header.depth} bits is none of rgb, grey with 8 or 16"
-        )
+        raise UsageError(f"colour {header.colour!r} with {header.depth} bits is none of rgb, grey with 8 or 16")
     flags = {
         "grey": header.colour == "grey",
         "depth_16": header.depth == 16,

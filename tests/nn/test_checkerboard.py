@@ -13,12 +13,8 @@ def test_anchors_are_the_positions_with_odd_row_plus_column():
     row, column = np.indices((4, 6))
     grid = torch.from_numpy(row * 10 + column)[None, None]
     anchor, other = split(grid)
-    assert sorted(anchor.flatten().tolist()) == [
-        r * 10 + c for r in range(4) for c in range(6) if (r + c) % 2
-    ]
-    assert sorted(other.flatten().tolist()) == [
-        r * 10 + c for r in range(4) for c in range(6) if not (r + c) % 2
-    ]
+    assert sorted(anchor.flatten().tolist()) == [r * 10 + c for r in range(4) for c in range(6) if (r + c) % 2]
+    assert sorted(other.flatten().tolist()) == [r * 10 + c for r in range(4) for c in range(6) if not (r + c) % 2]
 
 
 def test_merge_undoes_split():

@@ -44,9 +44,7 @@ def test_parameters_depend_on_earlier_steps_only(switches):
     parameters, values = parameters_and_values(entropy_model(**switches), maps(9, 1, 8, 4, 4))
     assert len(parameters) == 8  # 4 slices x (anchors, non-anchors)
     for step, found in enumerate(parameters):
-        gradients = (
-            torch.autograd.grad(found.sum(), values, allow_unused=True, retain_graph=True) if step else []
-        )
+        gradients = torch.autograd.grad(found.sum(), values, allow_unused=True, retain_graph=True) if step else []
         for source, gradient in enumerate(gradients):
             reached = gradient is not None and bool((gradient != 0).any())
             if source >= step:

@@ -38,9 +38,7 @@ class Tables:
     Raises ModelError for tables that break a rule: they come from a weights file.
     """
 
-    def __init__(
-        self, counts: ArrayLike, lengths: ArrayLike, offsets: ArrayLike, *, skip_first: bool = False
-    ) -> None:
+    def __init__(self, counts: ArrayLike, lengths: ArrayLike, offsets: ArrayLike, *, skip_first: bool = False) -> None:
         self.counts = _integers("counts", counts)
         self.lengths = _integers("lengths", lengths)
         self.offsets = _integers("offsets", offsets)
@@ -69,9 +67,7 @@ class Tables:
         if self.lengths.min() < 2 or self.lengths.max() > MAX_LENGTH:
             raise ModelError(f"entropy tables: a table must have 2 to {MAX_LENGTH} entries")
         if self.lengths.sum() != len(self.counts):
-            raise ModelError(
-                f"entropy tables: {len(self.counts)} counts for lengths of {self.lengths.sum()} in all"
-            )
+            raise ModelError(f"entropy tables: {len(self.counts)} counts for lengths of {self.lengths.sum()} in all")
         if self.counts.min() < 1 or self.counts.max() >= TOTAL:
             raise ModelError(f"entropy tables: every count must be in 1 .. {TOTAL - 1}")
         sums = np.add.reduceat(self.counts, np.cumsum(self.lengths) - self.lengths)
@@ -132,7 +128,5 @@ def _exact_model(counts: NDArray[np.int64]) -> stream.model.Categorical:
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ModelError(
-            f"entropy tables: {name} are {array.dtype} {list(array.shape)}, not a row of integers"
-        )
+        raise ModelError(f"entropy tables: {name} are {array.dtype} {list(array.shape)}, not a row of integers")
     return array.astype(np.int64)
