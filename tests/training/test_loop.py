@@ -75,6 +75,12 @@ def test_joint_stage_trains_the_joint_decoder_and_leaves_every_bit_alone(config,
     assert "para_jd.fusions.0.gain" in changed
 
 
+def test_a_released_model_file_is_a_start(config, tiny_model_file, tiny_model):
+    trainer = Trainer(replace(config, start_from=str(tiny_model_file)), progress=False)
+    assert trainer.step == 0
+    assert torch.equal(trainer.model.g_a.klt.weight, tiny_model.net.g_a.klt.weight)
+
+
 def test_joint_stage_mixes_lone_views_and_sets(config):
     trainer = Trainer(replace(config, stage="joint"), progress=False)
     assert {trainer.views_at(step) for step in range(60)} == {1, 2}

@@ -33,7 +33,9 @@ FOLDER = click.Path(exists=True, file_okay=False)
     help="Checkpoint, logs and weights go there.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
-@click.option("--start-from", type=click.Path(exists=True), help="Begin with the weights of another checkpoint.")
+@click.option(
+    "--start-from", type=click.Path(exists=True), help="Begin with the weights of a checkpoint or model file."
+)
 @click.option("--validation", type=FOLDER, help="Folder of scenes to validate on during the run.")
 @click.option("--validate-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps.")
 @click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Length of the schedule.")

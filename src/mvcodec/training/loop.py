@@ -26,6 +26,7 @@ from mvcodec.nn.gain import rate_distortion_lambda
 from mvcodec.parahydra import ModelConfig, ParaHydra, config_for
 from mvcodec.training.data import CropSampler, centre_crops, load_scenes
 from mvcodec.training.klt import block_covariance
+from mvcodec.weights import read_model_file
 
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
 TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already calms these
@@ -51,7 +52,7 @@ class TrainConfig:
     seed: int = 1
     device: str = "cpu"
     threads: int = 0  # 0: torch's default
-    start_from: str = ""  # checkpoint whose weights begin this run (another stage's, say)
+    start_from: str = ""  # checkpoint or model file whose weights begin this run (another stage's, say)
     validation: str = ""  # folder of scenes; empty: no validation
     validate_every: int = 500
     checkpoint_minutes: float = 3.0
@@ -113,6 +114,15 @@ def save_whole(value: Any, path: Path) -> None:
     temporary.replace(path)
 
 
+def starting_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights to begin from: a run's checkpoint (its averages) or a released model file."""
+    if path.suffix == ".safetensors":
+        tensors, model_config, _ = read_model_file(path)
+        return model_config, {name: x.float() for name, x in tensors.items() if not name.startswith("tables.")}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return ModelConfig.from_dict(state["model_config"]), state["ema"]
+
+
 class Trainer:
     """One run in one folder: checkpoint.pt, log.csv, validation.csv."""
 
@@ -133,10 +143,10 @@ class Trainer:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             self.model = ParaHydra(ModelConfig.from_dict(state["model_config"]))
         elif config.start_from:
-            state = torch.load(config.start_from, map_location="cpu", weights_only=True)
-            self.model = ParaHydra(ModelConfig.from_dict(state["model_config"]))
-            self.model.load_state_dict(state["ema"])
             state = None
+            model_config, weights = starting_weights(Path(config.start_from))
+            self.model = ParaHydra(model_config)
+            self.model.load_state_dict(weights)
         else:
             state = None
             self.model = ParaHydra(config_for(config.profile))

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement, see_through_peers
 from mvcodec.nn.alignment import align
-from mvcodec.parahydra import PAD_MULTIPLE, ModelConfig, ParaHydra
+from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.data import Picture, Scene, load_scenes
-from mvcodec.training.loop import Ema, TrainConfig, append_rows, learning_rate, save_whole
+from mvcodec.training.loop import Ema, TrainConfig, append_rows, learning_rate, save_whole, starting_weights
 
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
 CROP = 192  # of the examples kept
@@ -187,12 +187,12 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     source = checkpoint if checkpoint.exists() else Path(config.start_from)
     if not source.is_file():
         raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
-    state = torch.load(source, map_location="cpu", weights_only=True)
     torch.manual_seed(config.seed)
-    model_config = replace(ModelConfig.from_dict(state["model_config"]), refine="aligned")
+    model_config, weights = starting_weights(source)
+    model_config = replace(model_config, refine="aligned")
     net = ParaHydra(model_config)
     # What the earlier stage does not know of the refinement keeps its zero start.
-    net.load_state_dict({**net.state_dict(), **state["ema"]})
+    net.load_state_dict({**net.state_dict(), **weights})
     refinement = net.refinement
     assert refinement is not None
     files = cache(load_scenes(Path(config.data), progress), run / "examples", decode_alone(net), config.seed, progress)
@@ -201,6 +201,7 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     optimizer = torch.optim.AdamW(refinement.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
     ema, step = Ema(refinement, config.ema), 0
     if source == checkpoint:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         refinement.load_state_dict(state["refinement"])
         ema.shadow = {n.removeprefix("refinement."): v for n, v in state["ema"].items() if n.startswith("refinement.")}
         optimizer.load_state_dict(state["optimizer"])
