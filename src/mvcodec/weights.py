@@ -55,7 +55,9 @@ class Model:
     @cached_property
     def bfloat16(self) -> bool:
         """Whether the float networks run in bfloat16: only where the processor has it in hardware."""
-        return self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        # A private function of torch, absent before 2.6: without it float32, which is slower and never wrong.
+        in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return self.device.type == "cuda" or bool(in_hardware())
 
 
 def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
