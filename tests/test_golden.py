@@ -13,7 +13,16 @@ from mvcodec.codec import decode_set
 from mvcodec.container import Stream, describe, unpack
 from mvcodec.errors import BitstreamError, DesyncError
 from mvcodec.latents import decode_intact, decode_latents
-from tests.golden.make import FACTS, GOLDEN, drawn_model, golden_file, integers_sha256
+from tests.golden.make import (
+    FACTS,
+    GOLDEN,
+    PICTURE,
+    drawn_model,
+    golden_file,
+    golden_picture_file,
+    integers_sha256,
+    picture_margin,
+)
 
 DATA = GOLDEN.read_bytes()
 KNOWN = json.loads(FACTS.read_text())
@@ -33,6 +42,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def test_a_fixed_picture_gives_these_bytes(model, threads):
+    assert picture_margin(model) > 1e-4  # or its float transforms could tip a rounding
+    for count in (1, 2):
+        threads(count)
+        assert golden_picture_file(model) == PICTURE.read_bytes()
+    (view,) = decode_set(model, [PICTURE.read_bytes()])
+    assert view.pixels.shape == (64, 64, 3)
 
 
 def flipped(position: int, pattern: bytes) -> bytes:

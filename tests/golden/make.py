@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mvcodec.codec import encode_image, to_tensor
 from mvcodec.container import Header, Stream, pack
+from mvcodec.images import Image
 from mvcodec.latents import HYPER_STRIDE, LATENT_STRIDE, MU_GRID, EncodedLatents, encode_latents
+from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.weights import Model, export_model, load_model
 
 GOLDEN = Path(__file__).parent / "tiny.phv"
+PICTURE = GOLDEN.with_name("picture.phv")
 FACTS = GOLDEN.with_suffix(".json")
 WIDTH, HEIGHT, QUALITY = 100, 50, 42.0
 
@@ -66,6 +70,31 @@ def golden_file(model: Model) -> bytes:
     return pack(Stream(header, latents.hyper, latents.slices))
 
 
+def drawn_picture() -> Image:
+    """64 x 64 RGB: cells of 8 x 8 of one colour each."""
+    cells = np.random.Generator(np.random.PCG64(11)).integers(0, 256, (8, 8, 3))
+    return Image(cells.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8))
+
+
+def golden_picture_file(model: Model) -> bytes:
+    """The whole encoder, transforms in float32. They are not exact, but no y or z lies within 1e-4 of a rounding tie
+    (`picture_margin`), a hundred times what the order of a sum can change."""
+    model.__dict__["bfloat16"] = False  # whatever this processor offers
+    return encode_image(model, drawn_picture(), QUALITY, camera_id="golden")
+
+
+def picture_margin(model: Model) -> float:
+    """Distance of the picture's y - mu and z to the nearest rounding tie."""
+    with torch.inference_mode():
+        basis = hat_basis(torch.tensor([QUALITY / 100]), model.net.config.quality_knots)
+        y = model.net.g_a(to_tensor(drawn_picture()), basis) * model.net.gain.gain(basis)
+        z = model.net.h_a(y)
+        y_hat = encode_latents(model, y, z, QUALITY / 100).y_hat
+    error = (y - y_hat).abs()
+    ties = torch.cat([(error - 0.5).abs().flatten(), ((z - z.round()).abs() - 0.5).abs().flatten()])
+    return float(ties.min())
+
+
 def integers_sha256(y_hat: torch.Tensor) -> str:
     """Of y_hat in units of 1/64, int32 little-endian, in C order."""
     return hashlib.sha256((y_hat * MU_GRID).to(torch.int32).numpy().astype("<i4").tobytes()).hexdigest()
@@ -82,5 +111,6 @@ if __name__ == "__main__":
     }
     if "--write" in sys.argv:
         GOLDEN.write_bytes(data)
+        PICTURE.write_bytes(golden_picture_file(model))
         FACTS.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts))  # noqa: T201
