@@ -39,6 +39,21 @@ def test_verify_goes_through_a_folder(cli: Cli, coded: Path) -> None:
     assert outcome.out.count(b"intact") == 3
 
 
+def test_verify_goes_on_behind_a_bad_part_of_a_concatenation(cli: Cli, coded: Path) -> None:
+    files = [path.read_bytes() for path in sorted(coded.rglob("*.phv"))]
+    files[1] = files[1][:-1] + bytes([files[1][-1] ^ 1])
+    outcome = cli("verify", "-", "--json", stdin=b"".join(files))
+    assert outcome.code == 6
+    assert [(r["file"], r.get("ok", False)) for r in outcome.records] == [
+        ("-[0]", True),
+        ("-[1]", False),
+        ("-[2]", True),
+        ("-[3]", True),
+    ]
+    outcome = cli("verify", "-", "--json", stdin=files[0] + files[2] + b"hello")
+    assert [r.get("ok", False) for r in outcome.records] == [False, True, True]
+
+
 def test_models_lists_what_can_be_loaded(cli: Cli, models: Path) -> None:
     (record,) = (r for r in cli("models", "--json").records if r["name"] == "tiny")
     assert (record["default"], record["profile"], record["path"]) == (

@@ -22,9 +22,12 @@ def verify(report: Report, inputs: tuple[str, ...], deep: bool, model: str | Non
     this machine computes other integers than the encoder did, 5 that the weights are not here.
     """
     for source in sources(inputs, frozenset({STREAM_SUFFIX})):
-        name = label(source.path)
-        with report.file(name):
-            for part in streams_in(source):
+        parts: list[bytes] = []
+        with report.file(label(source.path)):  # what stands before the damage can be checked
+            parts.extend(streams_in(source))
+        for number, part in enumerate(parts):
+            name = label(source.path) if len(parts) == 1 else f"{label(source.path)}[{number}]"
+            with report.file(name):
                 stream = container.unpack(part)
                 if deep:
                     from mvcodec import api
