@@ -93,6 +93,7 @@ def test_exit_1_runtime(cli: Cli, scene: Path) -> None:
         (["encode", "scene", "-o", "-", "--json"], "both go to stdout"),
         (["train", "scene", "--out", "x", "--resume"], "no checkpoint to resume"),
         (["train", "scene", "--out", "x", "--crop", "100"], "multiple of 64"),
+        (["train", "scene", "--out", "x", "--device", "gpu"], "use auto, cpu, cuda"),
         (["decode", "scene"], "holds no .phv files"),
         (["nonsense"], "No such command"),
     ],

@@ -112,9 +112,14 @@ def reporting(command: F) -> F:
 
 def running(command: F) -> F:
     """Adds --model and --device."""
-    command = click.option(
+    model = click.option(
         "--model", metavar="NAME|FILE", help="Weights: a name from `mvcodec models` or a .safetensors file."
-    )(command)
+    )
+    return on_device(model(command))
+
+
+def on_device(command: F) -> F:
+    """Adds --device."""
     return click.option(
         "--device",
         default="auto",

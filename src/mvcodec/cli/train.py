@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mvcodec.cli.report import Report, reporting
+from mvcodec.cli.report import Report, on_device, reporting
 from mvcodec.errors import UsageError
 
 FOLDER = click.Path(exists=True, file_okay=False)
@@ -46,7 +46,7 @@ FOLDER = click.Path(exists=True, file_okay=False)
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0: all.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
+@on_device
 @reporting
 def train(
     report: Report,
