@@ -1,5 +1,7 @@
 """Scenes, their global shifts, and crops that show the same place."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,3 +59,13 @@ def test_validation_crops_are_fixed(scenes_folder):
     assert name == "scene0"
     assert crops.shape == (1, 2, 3, 64, 64)
     assert torch.equal(crops[0, 0], crops[0, 1])
+
+
+def test_small_views_give_smaller_validation_crops_and_no_training_crops(scenes_folder):
+    scene = load_scenes(scenes_folder)[0]
+    uneven = replace(scene, views=(scene.views[0], scene.views[1][:100]))
+    assert [crops.shape[-1] for _, crops in centre_crops([scene, uneven, scene], 128)] == [128, 64, 128]
+    with pytest.raises(UsageError, match="no scene has 1 views of at least 128x128"):
+        CropSampler([uneven], 128, 0).batch(0, 1, 1)
+    with pytest.raises(UsageError, match="at least 64 pixels"):
+        list(centre_crops([replace(scene, views=(scene.views[0][:50], scene.views[1]))], 128))

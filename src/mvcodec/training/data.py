@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mvcodec.errors import UsageError
 from mvcodec.frames import PICTURE_SUFFIXES
+from mvcodec.parahydra import PAD_MULTIPLE
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 COARSE = 8  # global shifts are found at 1/8
@@ -31,6 +32,11 @@ class Scene:
     name: str
     views: tuple[Picture, ...]
     shifts: tuple[tuple[int, int], ...]
+
+    @property
+    def smallest_side(self) -> int:
+        """No crop may be larger: views of one scene may differ in size."""
+        return min(min(view.shape[:2]) for view in self.views)
 
 
 def find_scenes(folder: Path) -> dict[str, list[Path]]:
@@ -84,7 +90,7 @@ class CropSampler:
 
     def batch(self, step: int, batch: int, views: int) -> Tensor:
         rng = np.random.default_rng((self.seed, step))
-        usable = [s for s in self.scenes if len(s.views) >= views and min(s.views[0].shape[:2]) >= self.size]
+        usable = [s for s in self.scenes if len(s.views) >= views and s.smallest_side >= self.size]
         if not usable:
             raise UsageError(f"no scene has {views} views of at least {self.size}x{self.size}")
         # A scene counts by its number of views: each photograph is seen about equally often.
@@ -115,8 +121,15 @@ class CropSampler:
 
 
 def centre_crops(scenes: list[Scene], size: int) -> Iterator[tuple[str, Tensor]]:
-    """Validation: per scene its overlapping centre crops [1, K, 3, size, size], the same every time."""
+    """Validation: per scene its overlapping centre crops [1, K, 3, size, size], the same every time.
+
+    A scene with smaller views gives the largest crop that is a multiple of 64.
+    """
+    largest = size
     for scene in scenes:
+        size = min(largest, scene.smallest_side // PAD_MULTIPLE * PAD_MULTIPLE)
+        if size == 0:
+            raise UsageError(f"{scene.name}: views of a validation scene need at least {PAD_MULTIPLE} pixels a side")
         height, width = scene.views[0].shape[:2]
         crops = []
         for picture, (dr, dc) in zip(scene.views, scene.shifts, strict=True):

@@ -264,7 +264,7 @@ class Trainer:
                         out = self.model(pictures, t, joint, fuse=self.fuse)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
                         psnrs.extend((-10 * torch.log10(mse)).flatten().tolist())
-                    bpps.extend((out.bits / crop**2).flatten().tolist())
+                    bpps.extend((out.bits / crops.shape[-1] ** 2).flatten().tolist())
                 rows.append(
                     {
                         "step": self.step,
