@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mvcodec import codec, images, latents, weights
-from mvcodec.codec import DecodedView
+from mvcodec.codec import DecodedView, OnFailure
 from mvcodec.container import Header, Stream, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.frames import MAX_PIXELS, name_of
@@ -73,16 +73,19 @@ def decode_set(
     partial: bool = False,
     model: Weights = None,
     device: str = "auto",
+    on_failure: OnFailure | None = None,
 ) -> list[DecodedView]:
     """The .phv files of one instant, in any order -> their pictures, sorted by camera id.
 
     joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
     model: None finds the weights that the files name.
+    on_failure: see `mvcodec.codec.decode_set`.
     """
     streams = [_stream(file, partial) for file in files]
     if not streams:
         raise UsageError("there are no files to decode")
-    return codec.decode_set(model_for(streams[0].header, model, device), streams, joint=joint)
+    loaded = model_for(streams[0].header, model, device)
+    return codec.decode_set(loaded, streams, joint=joint, on_failure=on_failure)
 
 
 def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:

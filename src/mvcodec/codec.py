@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvcodec.container import Damage, Header, Stream, pack, unpack
-from mvcodec.errors import ModelError, UsageError
+from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.images import Image
 from mvcodec.latents import decode_intact, encode_latents
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.weights import Model
+
+OnFailure = Callable[[Header, MvcodecError], None]
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,13 @@ def decode_set(
     joint: bool = True,
     refine: bool = True,
     partial: bool = False,
+    on_failure: OnFailure | None = None,
 ) -> list[DecodedView]:
     """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
 
     joint=False decodes each view alone. refine=False leaves out the pixel-aligned third stage.
-    partial=True accepts damaged files as far as they are intact.
+    partial=True accepts damaged files as far as they are intact. on_failure is told of each view whose integers
+    cannot be had, and the others are decoded without it; where it is None the first such view raises.
     """
     streams = [s if isinstance(s, Stream) else unpack(s, partial=partial) for s in files]
     if not streams:
@@ -126,7 +130,17 @@ def decode_set(
             s.slices[0].anchor if s.slices else b"",
         )
     )
-    decoded = [decode_intact(model, stream) for stream in streams]
+    decoded: list[tuple[Tensor, Stream]] = []
+    for stream in streams:
+        try:
+            decoded.append(decode_intact(model, stream))
+        except MvcodecError as error:
+            if on_failure is None:
+                raise
+            on_failure(stream.header, error)
+    if not decoded:
+        return []
+    streams = [stream for _, stream in decoded]
     latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
     qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
     pictures = reconstruct(model, latents, qualities, joint, refine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image as pil
 
 import mvcodec
+from mvcodec import container
 from mvcodec.errors import UsageError
 
 from .conftest import Cli
@@ -126,6 +128,23 @@ def test_timestamps_meet_within_the_window(cli: Cli, scene: Path) -> None:
     assert peers == [[], []]
     peers = [r["peers"] for r in cli("decode", "coded", "-o", "b", "--window-us", 500, "--json").records]
     assert peers == [["C2"], ["C1"]]
+
+
+def test_a_view_that_cannot_be_decoded_does_not_take_the_others_along(cli: Cli, coded: Path) -> None:
+    stream = container.unpack((coded / "C1/00000000.phv").read_bytes())
+    first = replace(stream.slices[0], check=stream.slices[0].check ^ 1)
+    desynchronised = replace(stream, slices=(first, *stream.slices[1:]))
+    of_another_model = replace(stream, header=replace(stream.header, model_id=bytes(8)))
+    for bad, code in ((desynchronised, 7), (of_another_model, 5)):
+        (coded / "C1/00000000.phv").write_bytes(container.pack(bad))
+        files = [coded / "C1/00000000.phv", coded / "C2/00000000.phv"]
+        for order in (files, files[::-1]):
+            outcome = cli("decode", *order, "-o", "out/", "-f", "--json")
+            assert outcome.code == 6
+            told = {r["file"]: r.get("exit_code", r.get("peers")) for r in outcome.records}
+            assert told == {str(files[0]): code, str(files[1]): []}
+        assert cli("decode", *files, "-o", "out/", "-f", "--require", 2).code == 6
+        assert cli("decode", files[0], "-o", "out/", "-f").code == code
 
 
 def test_format_follows_the_name_or_the_option(cli: Cli, coded: Path) -> None:

@@ -178,10 +178,21 @@ def _decode(
 
     from mvcodec import api
 
-    streams = [stream for _, stream in intact]
-    decoded = api.decode_set(streams, joint=not preview, model=model, device=device)
-    owner = {id(stream.header): id(view) for view, stream in intact}
-    return {owner[id(view.header)]: view for view in decoded}
+    owner = {id(stream.header): view for view, stream in intact}
+
+    def failed(header: container.Header, error: MvcodecError) -> None:
+        with report.file(owner[id(header)].name):
+            raise error
+
+    decoded: list[DecodedView] = []
+    for model_id in sorted({stream.header.model_id for _, stream in intact}):  # views of one model help each other
+        streams = [stream for _, stream in intact if stream.header.model_id == model_id]
+        names = ", ".join(owner[id(stream.header)].name for stream in streams)
+        with report.file(names):
+            decoded += api.decode_set(streams, joint=not preview, model=model, device=device, on_failure=failed)
+    if require and len(decoded) < require:
+        raise MvcodecError(f"{len(decoded)} of the {require} views required")
+    return {id(owner[id(view.header)]): view for view in decoded}
 
 
 def _refuse_twins(members: Sequence[Received]) -> None:
