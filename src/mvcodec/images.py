@@ -126,15 +126,23 @@ def write(target: str | os.PathLike[str], image: Image, *, quality: int | None =
         file.write(to_bytes(image, path.suffix, quality=quality))
 
 
+def format_of(suffix: str) -> str:
+    """Pillow's name of the format that an ending stands for; PictureError where it can write none."""
+    from PIL import Image as pil
+
+    pil.init()
+    kind = pil.EXTENSION.get(suffix.lower())
+    if kind is None or kind not in pil.SAVE:
+        raise PictureError(f"no picture format is known by the ending {suffix!r}; use .png")
+    return kind
+
+
 def to_bytes(image: Image, suffix: str = ".png", *, quality: int | None = None) -> bytes:
     """The picture as the bytes of a file of this kind; `quality` (lossy formats) as Pillow takes it."""
     from PIL import Image as pil
 
+    kind = format_of(suffix)
     suffix = suffix.lower()
-    pil.init()
-    kind = pil.EXTENSION.get(suffix)
-    if kind is None or kind not in pil.SAVE:
-        raise PictureError(f"no picture format is known by the ending {suffix!r}; use .png")
     if image.depth == 16 and suffix not in _SUFFIXES_16_BIT:
         raise PictureError(f"a 16-bit picture cannot be kept in a {suffix} file; use .png")
     if image.depth == 16 and image.colour == "rgb":

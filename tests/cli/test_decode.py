@@ -154,6 +154,9 @@ def test_format_follows_the_name_or_the_option(cli: Cli, coded: Path) -> None:
     for name, kind in (("a.tif", "TIFF"), ("out/00000000.bmp", "BMP")):
         with pil.open(name) as picture:
             assert picture.format == kind
+    outcome = cli("decode", path, "-o", "a.xyz")
+    assert outcome.code == 2
+    assert "no picture format is known by the ending '.xyz'" in outcome.err
     outcome = cli("decode", coded, "-o", "a.tif", "-f")
     assert outcome.code == 2
     assert "a.tif: is one file, but there are 4 outputs" in outcome.err

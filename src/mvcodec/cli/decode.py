@@ -13,7 +13,7 @@ import click
 from mvcodec import container
 from mvcodec.cli.report import Report, reporting, running
 from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
-from mvcodec.errors import BitstreamError, MvcodecError, UsageError
+from mvcodec.errors import BitstreamError, MvcodecError, PictureError, UsageError
 from mvcodec.frames import MAX_PIXELS, STREAM_SUFFIX, Instant, Source, instants, safe_path
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def decode(
 
         cat *.phv | mvcodec decode - -o out/
     """
+    from mvcodec import images
+
     targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
     targets.check_stdout(report.as_json)
     views: list[Received] = []
@@ -103,6 +105,10 @@ def decode(
         cameras = ", ".join(sorted({view.header.camera_id for view in views}))
         raise UsageError(f"--only {' '.join(only)}: no such camera; there are {cameras}")
     suffix = f".{kind}" if kind else targets.suffix(".png")
+    try:
+        images.format_of(suffix)
+    except PictureError as error:
+        raise UsageError(str(error)) from error
     paths = targets.plan([(view.source, suffix) for view in wanted])
     places = {id(view): path for view, path in zip(wanted, paths, strict=True)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from mvcodec.cli.report import Report, reporting, running, size_in_bytes
 from mvcodec.cli.targets import STDIN, Targets, label, placing, read, sources
@@ -92,6 +93,9 @@ def encode(
     """
     if target_bpp is not None and target_size is not None:
         raise UsageError("--target-bpp and --target-size exclude each other")
+    given_quality = click.get_current_context().get_parameter_source("quality") is not ParameterSource.DEFAULT
+    if given_quality and (target_bpp is not None or target_size is not None):
+        raise UsageError("--quality and a target exclude each other")
     given = sources(inputs, PICTURE_SUFFIXES)
     if len(given) > 1 and (frame is not None or timestamp_us is not None):
         raise UsageError("--frame and --timestamp-us are for one picture; let --names read them from the names")
@@ -99,6 +103,8 @@ def encode(
     targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
     targets.check_stdout(report.as_json)
     paths = targets.plan([(source, STREAM_SUFFIX) for source in given])
+    if targets.suffix(STREAM_SUFFIX).lower() in PICTURE_SUFFIXES:
+        raise UsageError(f"-o {output}: is the name of a picture; a coded file ends in {STREAM_SUFFIX}")
 
     from mvcodec import api, codec, images
     from mvcodec.rate_control import encode_within
