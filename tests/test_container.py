@@ -380,6 +380,7 @@ def test_the_frame_of_the_following_tests_is_legal() -> None:
         (META[:12] + b"\xff\xff\3\xff\xff\3" + META[14:] + EMPTY, "width and height", 22),
         (META[:12] + b"\xc0\0\1" + META[14:] + EMPTY, "shortest", 22),
         (META[:12] + b"\xff" * 60 + META[14:] + EMPTY, "above 65535", 22),
+        (META[:12] + b"\x80" * 60 + META[14:] + EMPTY, "above 65535", 22),
         (META[:14] + b"\2\xc3\x28" + EMPTY, "camera id", 24),
         (META[:14] + b"\2.." + EMPTY, "camera id", 24),
         (META[:11] + b"\x10" + META[12:] + b"\0" + EMPTY, "ICC", 27),

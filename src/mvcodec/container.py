@@ -141,7 +141,8 @@ class _VarUInt(c.Construct):  # type: ignore[misc]
             byte: int = c.stream_read(stream, 1, path)[0]
             value |= (byte & 127) << shift
             shift += 7
-            if value > self.limit or (byte == 0 and shift > 7):
+            too_long = byte >= 128 and self.limit >> shift == 0  # whatever follows is too large, or zeros
+            if value > self.limit or too_long or (byte == 0 and shift > 7):
                 raise BitstreamError(f"number above {self.limit} or not in its shortest form", start)
             if byte < 128:
                 return value
