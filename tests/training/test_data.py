@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvcodec.errors import UsageError
+from mvcodec.errors import PictureError, UsageError
 from mvcodec.training.data import CropSampler, centre_crops, find_scenes, global_shift, load_scenes
 from tests.training.conftest import SHIFT
 
@@ -22,6 +22,13 @@ def test_every_folder_of_pictures_is_a_scene(scenes_folder):
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no pictures"):
         find_scenes(tmp_path)
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    (tmp_path / "scene").mkdir()
+    (tmp_path / "scene" / "view.png").write_bytes(b"no picture")
+    with pytest.raises(PictureError, match=r"view\.png: cannot be read"):
+        load_scenes(tmp_path)
 
 
 def test_global_shift_takes_a_point_of_the_reference_to_the_other():

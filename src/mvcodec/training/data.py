@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mvcodec.errors import UsageError
+from mvcodec.errors import PictureError, UsageError
 from mvcodec.frames import PICTURE_SUFFIXES
 from mvcodec.parahydra import PAD_MULTIPLE
 
@@ -69,12 +69,20 @@ def global_shift(reference: Picture, other: Picture) -> tuple[int, int]:
     return row * COARSE, column * COARSE
 
 
+def read_rgb(file: Path) -> Picture:
+    """Any picture as [H, W, 3] uint8: in training alpha and depth do not matter."""
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise PictureError(f"{file}: cannot be read as a picture: {error}") from error
+
+
 def load_scenes(folder: Path, progress: bool = False) -> list[Scene]:
     """Decode every scene below `folder`; a few GB for a few thousand megapixels."""
     found = find_scenes(folder)
     scenes = []
     for name, files in tqdm(found.items(), desc="loading", disable=not progress, leave=False):
-        views = tuple(np.asarray(Image.open(file).convert("RGB")) for file in files)
+        views = tuple(read_rgb(file) for file in files)
         shifts = ((0, 0), *(global_shift(views[0], view) for view in views[1:]))
         scenes.append(Scene(name, views, shifts))
     return scenes
