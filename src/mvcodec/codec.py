@@ -14,7 +14,7 @@ from torch import Tensor
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.images import Image
-from mvcodec.latents import decode_intact, encode_latents
+from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.weights import Model
@@ -152,7 +152,7 @@ def decode_set(
             tuple(ids[:k] + ids[k + 1 :]) if joint else (),
             stream.damage,
         )
-        for k, ((_, stream), picture) in enumerate(zip(decoded, pictures, strict=True))
+        for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True))
     ]
 
 
@@ -178,7 +178,10 @@ def reconstruct(
             if refine and net.refinement is not None:
                 pictures = net.refinement(pictures, q, peers=joint).pictures
         decoded.extend(pictures)
-    return [picture[:, : 16 * size[0], : 16 * size[1]] for picture, size in zip(decoded, sizes, strict=True)]
+    return [
+        picture[:, : LATENT_STRIDE * height, : LATENT_STRIDE * width]
+        for picture, (height, width) in zip(decoded, sizes, strict=True)
+    ]
 
 
 def check_model(model: Model, header: Header) -> None:

@@ -24,12 +24,13 @@ from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.gain import log_gain_reference
 from mvcodec.nn.hyperprior import bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
+from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.weights import Model
 
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
 LN_SIGMA_FIRST = float(np.log(SIGMAS[0]))
 LN_SIGMA_STEP = float(np.log(SIGMAS[-1] / SIGMAS[0])) / (len(SIGMAS) - 1)
-LATENT_STRIDE, HYPER_STRIDE = 16, 64  # pixels per y, per z
+LATENT_STRIDE, HYPER_STRIDE = 16, PAD_MULTIPLE  # pixels per y, per z
 HALVES = ("anchor", "non-anchor")
 
 

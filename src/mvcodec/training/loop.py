@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Trainer:
             if self.model.config.transform == "klt":
                 self.model.start_as_klt(block_covariance(self.scenes))
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self.trained = self._trained_parameters()
+        self._choose_parameters()
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.ema = Ema(self.model, config.ema)
         if state is not None:
@@ -162,7 +162,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
+    def _choose_parameters(self) -> None:
+        """Let gradients reach what this stage trains, and nothing else."""
         if self.config.stage == "joint":
             self.model.requires_grad_(False)
             self.model.para_jd.requires_grad_(True)
@@ -176,7 +177,6 @@ class Trainer:
                 self.model.refinement.clean_out.requires_grad_(True)
         else:
             raise UsageError(f"stage {self.config.stage!r} is none of single, joint, refine")
-        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _groups(self) -> list[dict[str, Any]]:
         """The transforms start near an optimum: they move slower than the entropy model, the KLT layers slowest.
@@ -283,7 +283,7 @@ class Trainer:
                 "ema": self.ema.shadow,
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
-                "model_config": self.model.config.to_dict() | {},
+                "model_config": self.model.config.to_dict(),
                 "train_config": asdict(self.config),
             },
             self.run / "checkpoint.pt",
@@ -339,8 +339,6 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
     """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path."""
-    if config.threads == 0 and config.device == "cpu":
-        config = replace(config, threads=max(1, torch.get_num_threads()))
     if config.stage == "refine":
         from mvcodec.training.refinement import refine
 
