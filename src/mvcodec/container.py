@@ -101,7 +101,6 @@ class _Layout:
     """Everything the header tells: metadata, where each section lies, checks of the slices, file size."""
 
     header: Header
-    header_bytes: int
     sections: tuple[_Section, ...]
     checks: tuple[int, ...]
     size: int
@@ -341,7 +340,7 @@ def _layout(data: bytes | memoryview) -> _Layout:
         sections.append(_Section(name, at, at + row.size, row.crc))
         at += row.size
     checks = tuple(row.check for row in table.slices)
-    return _Layout(_header(meta), stop + 2, tuple(sections), checks, at + 4)
+    return _Layout(_header(meta), tuple(sections), checks, at + 4)
 
 
 def _intact(data: bytes, layout: _Layout) -> tuple[list[bytes], Damage | None]:
