@@ -41,19 +41,27 @@ Example = dict[str, Tensor]
 
 def decode_alone(net: ParaHydra) -> Degrade:
     """The codec itself without its refinement; no bits are written, so it is quick."""
+    device = net.gain.log_gain.device
 
     @torch.no_grad()
     def degrade(views: list[Picture], qualities: list[float]) -> list[Picture]:
         pictures = to_tensor(views)
         height, width = pictures.shape[-2:]
-        padded = F.pad(pictures, (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
-        with torch.autocast("cpu", torch.bfloat16):
+        padded = F.pad(pictures.to(device), (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
+        with torch.autocast(device.type, torch.bfloat16):
             decoded = [
-                net(x[None, None], torch.tensor([[quality]]), joint=False, fuse=False, rate=False, clean=False)
+                net(
+                    x[None, None],
+                    torch.tensor([[quality]], device=device),
+                    joint=False,
+                    fuse=False,
+                    rate=False,
+                    clean=False,
+                )
                 for x, quality in zip(padded, qualities, strict=True)
             ]
         return [
-            (255 * out.pictures[0, 0, :, :height, :width].clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+            (255 * out.pictures[0, 0, :, :height, :width].clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
             for out in decoded
         ]
 
@@ -193,6 +201,8 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     net = ParaHydra(model_config)
     # What the earlier stage does not know of the refinement keeps its zero start.
     net.load_state_dict({**net.state_dict(), **weights})
+    device = torch.device(config.device)
+    net.to(device)
     refinement = net.refinement
     assert refinement is not None
     files = cache(load_scenes(Path(config.data), progress), run / "examples", decode_alone(net), config.seed, progress)
@@ -203,7 +213,7 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     if source == checkpoint:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         refinement.load_state_dict(state["refinement"])
-        ema.shadow = {n.removeprefix("refinement."): v for n, v in state["ema"].items() if n.startswith("refinement.")}
+        ema.shadow = {name: state["ema"][f"refinement.{name}"].to(device) for name in ema.shadow}
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
 
@@ -230,7 +240,8 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            value, clean_ratio, joint_ratio = loss(refinement, batch_of(data, config.batch, config.seed, step))
+            batch = {k: x.to(device) for k, x in batch_of(data, config.batch, config.seed, step).items()}
+            value, clean_ratio, joint_ratio = loss(refinement, batch)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(refinement.parameters(), 0.5)
