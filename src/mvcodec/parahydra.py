@@ -39,13 +39,15 @@ class ModelConfig:
     window: int = 5
     channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
     global_context: str = "pgcm"  # pgcm | mlic
+    attention_tile: int = 32  # Para-EM's attention stays within tiles of so many latents a side
     refine: str = "none"  # none (the paper) | aligned: the pixel-domain third stage of Para-JD
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
     fusion_widths: tuple[int, int] = (96, 96)
     block_channels: int = 192  # hidden width of the klt blocks at 1/8
     analysis_blocks: tuple[int, int] = (2, 2)  # at 1/8, at 1/16
     synthesis_blocks: tuple[int, int] = (2, 3)  # at 1/16, at 1/8
-    quality_knots: int = 6
+    fine_widths: tuple[int, int] = (40, 96)  # of the klt branches at 1/2 and 1/4
+    quality_knots: int = 7
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,6 +73,7 @@ ENTROPY_SWITCHES = {
     "window",
     "channel_context",
     "global_context",
+    "attention_tile",
 }
 
 PROFILES = {
@@ -99,6 +102,7 @@ PROFILES = {
         block_channels=16,
         analysis_blocks=(1, 1),
         synthesis_blocks=(1, 1),
+        fine_widths=(8, 16),
         quality_knots=3,
         refine="aligned",
     ),
@@ -127,10 +131,10 @@ class ParaHydra(nn.Module):
         fine: nn.Module
         if c.transform == "klt":
             self.g_a: nn.Module = tf.KltAnalysis(
-                c.latent_channels, c.block_channels, *c.analysis_blocks, c.quality_knots
+                c.latent_channels, c.block_channels, *c.analysis_blocks, c.fine_widths, c.quality_knots
             )
             coarse = tf.KltSynthesisCoarse(c.latent_channels, c.synthesis_blocks[0], c.quality_knots)
-            fine = tf.KltSynthesisFine(c.block_channels, c.synthesis_blocks[1], c.quality_knots)
+            fine = tf.KltSynthesisFine(c.block_channels, c.synthesis_blocks[1], c.fine_widths[1], c.quality_knots)
             middle = tf.PIXELS
         else:
             self.g_a = tf.PaperAnalysis(c.latent_channels)
@@ -151,6 +155,7 @@ class ParaHydra(nn.Module):
             c.channel_context,
             c.global_context,
             c.raw_slices,
+            c.attention_tile,
         )
         self.para_jd = ParaJD(coarse, fine, (c.latent_channels, middle), c.fusion_widths, c.joint)
         self.refinement = AlignedRefinement() if c.refine == "aligned" else None

@@ -50,7 +50,7 @@ class Model:
     @cached_property
     def fuses(self) -> bool:
         """Whether Para-JD's fusions do anything: before their training stage all gains are zero."""
-        return any(bool(fusion.gain.any()) for fusion in self.net.para_jd.fusions)
+        return any(bool(fusion.fusion.gain.any()) for fusion in self.net.para_jd.fusions)
 
     @cached_property
     def bfloat16(self) -> bool:

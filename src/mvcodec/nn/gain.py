@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 # lambda of loss = bpp + lambda * 255^2 * MSE at t = 0 and t = 1, geometric in between.
-LAMBDA_RANGE = (0.0006, 0.07)
+LAMBDA_RANGE = (0.00023, 0.07)
 
 
 def rate_distortion_lambda(t: Tensor) -> Tensor:

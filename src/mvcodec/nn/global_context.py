@@ -1,5 +1,6 @@
 """Parallax global context module, PGCM (Eq. (19)): non-anchors attend to all anchors of the slice.
 
+Attention stays within square tiles, so that its cost grows with the picture's area and not with the area's square.
 Queries and keys come from the channel context (slice 0: from the hyperprior, as in MLICv2), values from the anchors.
 """
 
@@ -13,8 +14,19 @@ from mvcodec.nn.layers import DepthResidualBlock
 from mvcodec.nn.parallax_attention import CHUNK_ELEMENTS
 
 
-def attend_anchors(query: Tensor, key: Tensor, value: Tensor, chunk: int = CHUNK_ELEMENTS) -> Tensor:
-    """softmax(Q K^T / sqrt(C)) V over half-grids [B, C, H, W / 2], queries in chunks (exact)."""
+def attend_anchors(query: Tensor, key: Tensor, value: Tensor, tile: int = 0, chunk: int = CHUNK_ELEMENTS) -> Tensor:
+    """softmax(Q K^T / sqrt(C)) V over half-grids [B, C, H, W / 2], queries in chunks (exact).
+
+    tile: attention stays within tiles of so many positions a side; 0 lets it reach everywhere.
+    """
+    height, width = query.shape[2:]
+    if tile and (height > tile or width > tile // 2):
+        rows = []
+        for top in range(0, height, tile):
+            windows = [(..., slice(top, top + tile), slice(s, s + tile // 2)) for s in range(0, width, tile // 2)]
+            row = [attend_anchors(query[w], key[w], value[w], 0, chunk) for w in windows]
+            rows.append(torch.cat(row, dim=-1))
+        return torch.cat(rows, dim=-2)
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))  # [B, P, C]
     step = max(1, chunk // (k.shape[0] * k.shape[1]))
     parts = [
@@ -27,8 +39,9 @@ def attend_anchors(query: Tensor, key: Tensor, value: Tensor, chunk: int = CHUNK
 class ParallaxGlobalContext(nn.Module):
     """PGCM: -> [B, C_out, H, W / 2] at the non-anchors."""
 
-    def __init__(self, channels: int, guide_channels: int, channels_out: int) -> None:
+    def __init__(self, channels: int, guide_channels: int, channels_out: int, tile: int = 0) -> None:
         super().__init__()
+        self.tile = tile
         self.query = nn.Conv2d(guide_channels, channels, 1)
         self.key = nn.Conv2d(guide_channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
@@ -39,5 +52,5 @@ class ParallaxGlobalContext(nn.Module):
         """anchor [B, C, H, W / 2] values; guide [B, G, H, W], of which only decoded slices were the source."""
         guide_anchor, guide_other = split(guide)
         value = self.value(anchor)
-        attended = attend_anchors(self.query(guide_other), self.key(guide_anchor), value)
+        attended = attend_anchors(self.query(guide_other), self.key(guide_anchor), value, self.tile)
         return split(self.depth_rb(self.conv(merge(value, attended))))[1]

@@ -64,6 +64,34 @@ class DepthResidualBlock(nn.Module):
         return self.skip(x) + self.project(leaky(self.depthwise(leaky(self.expand(x)))))
 
 
+class QualityBranch(nn.Module):
+    """Residual branch with features of its own: 3x3 to `width`, scaled and shifted by quality, RB x depth, 3x3 back.
+
+    The last convolution begins at zero; `scale` and BRANCH_GAIN as in QualityBlock. For the fine resolutions, whose
+    few channels are too narrow a place to think in: one weight there serves every pixel of a block.
+    """
+
+    scale: Tensor
+
+    def __init__(self, channels: int, width: int, depth: int, quality_knots: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.film = nn.Linear(quality_knots, 2 * width, bias=False)
+        self.blocks = nn.Sequential(*(ResidualBlock(width, width) for _ in range(depth)))
+        start_at_unit_variance(self)
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+        self.register_buffer("scale", torch.ones(channels, 1, 1))
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.film.weight)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]."""
+        gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
+        features = self.blocks(leaky(self.enter(x / self.scale) * (1 + gain) + shift))
+        return x + self.leave(features) * (BRANCH_GAIN * self.scale)
+
+
 class QualityBlock(nn.Module):
     """Residual block 3x3, 3x3 whose hidden layer is scaled and shifted by the view's quality. Zero at the start.
 

@@ -1,6 +1,6 @@
 """Parallax entropy model, Para-EM (Eq. (3), (4), (18), (19)): l slices x (anchors, non-anchors) = 2 l coding steps.
 
-    slice i:   Phi_ch = PMIFM(y_hat_{i-1}, {y_hat_j, j < i-1})        PCCM, Eq. (18)
+    slice i:   Phi_ch = PMIFM(y_hat_{i-1}, {y_hat_j, j < i-1})            PCCM, Eq. (18)
       anchors:      (mu, sigma) = EP_a(Phi_h, Phi_ch)                       Eq. (4)
       non-anchors:  (mu, sigma) = EP_n(Phi_h, Phi_ch, Phi_lc, Phi_gc)       Phi_lc local, Phi_gc PGCM, Eq. (19)
 
@@ -21,7 +21,7 @@ from mvcodec.nn.global_context import ParallaxGlobalContext
 from mvcodec.nn.layers import leaky, start_at_unit_variance
 from mvcodec.nn.local_context import CheckerboardAttention
 from mvcodec.nn.parallax_attention import SourceFeatures
-from mvcodec.nn.pmifm import ParallaxFusion
+from mvcodec.nn.pmifm import Fusion, ParallaxSource
 
 LN_PRIOR_FLOOR = -1.2  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
 
@@ -30,21 +30,24 @@ CodeStep = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class ChannelContext(nn.Module):
-    """PCCM, Eq. (18): the last slice is the main source, all earlier ones its side sources."""
+    """PCCM, Eq. (18): the last slice is the main source, all earlier ones its side sources.
 
-    def __init__(self, slice_channels: int, channels_out: int, mode: str) -> None:
+    All slices share one ParallaxSource, which belongs to ParaEM: each slice is embedded once, when it is decoded, and
+    not anew for every later one. Fusion and output are this slice's own.
+    """
+
+    def __init__(self, slice_channels: int, channels_out: int) -> None:
         super().__init__()
-        self.fusion = ParallaxFusion(slice_channels, slice_channels, mode)
+        self.fusion = Fusion(slice_channels, slice_channels, initial_gain=1.0)
         self.out = nn.Conv2d(slice_channels, channels_out, 1)
 
-    def forward(self, slices: list[Tensor]) -> Tensor:
-        """slices: the decoded ones, each [B, C, H, W] -> Phi_ch [B, C_out, H, W]."""
-        batch = slices[0].shape[0]
-        features = self.fusion.features(torch.cat(slices))
-        per_slice = SourceFeatures(*(f.unflatten(0, (len(slices), batch)) for f in features))
-        main = SourceFeatures(*(f[-1] for f in per_slice))
-        sides = SourceFeatures(*(f[:-1] for f in per_slice)) if len(slices) > 1 else None
-        return self.out(self.fusion(slices[-1], main, sides).feature)
+    def forward(self, last: Tensor, source: ParallaxSource, features: list[SourceFeatures]) -> Tensor:
+        """last [B, C, H, W]: the slice before; features of all earlier slices, its own last -> Phi_ch."""
+        sides = None
+        if len(features) > 1:
+            sides = SourceFeatures(*(torch.stack(maps) for maps in zip(*features[:-1], strict=True)))
+        aligned, _ = source(features[-1], sides)
+        return self.out(self.fusion(last, aligned, features[-1].value))
 
 
 class PlainChannelContext(nn.Module):
@@ -95,6 +98,7 @@ class SliceModel(nn.Module):
         channel_context: str,
         global_context: str,
         raw_slices: bool,
+        tile: int,
     ) -> None:
         super().__init__()
         self.raw_slices = raw_slices
@@ -102,13 +106,14 @@ class SliceModel(nn.Module):
         if index and channel_context == "plain":
             self.channel_context = PlainChannelContext(channels, index, context)
         elif index:
-            self.channel_context = ChannelContext(channels, context, channel_context)
+            self.channel_context = ChannelContext(channels, context)
         known = hyper_channels + (context if index else 0) + (channels * index if raw_slices else 0)
         guide = context if index else hyper_channels
         self.local_context = CheckerboardAttention(channels, guide, context, window)
         # MLIC guides its intra-slice context by the slice before alone; PGCM by the whole channel context.
         self.guided_by_last = global_context == "mlic" and index > 0
-        self.global_context = ParallaxGlobalContext(channels, channels if self.guided_by_last else guide, context)
+        guide = channels if self.guided_by_last else guide
+        self.global_context = ParallaxGlobalContext(channels, guide, context, tile)
         self.anchor_parameters = EntropyParameters(known, widths, channels)
         self.other_parameters = EntropyParameters(known + 2 * context, widths, channels)
 
@@ -118,6 +123,7 @@ class ParaEM(nn.Module):
 
     `unit` [M] is a power of two >= 1 near each channel's spread in quantiser steps, so that the nets see values of unit
     size; `ln_spread` [M] is the log standard deviation of the transform at gain 1, so that sigma starts near the truth.
+    tile: all attention stays within tiles of so many latents a side (0: none), for a cost linear in the picture's area.
     """
 
     unit: Tensor
@@ -134,9 +140,13 @@ class ParaEM(nn.Module):
         channel_context: str = "opam",
         global_context: str = "pgcm",
         raw_slices: bool = False,
+        tile: int = 0,
     ) -> None:
         super().__init__()
         self.slice_channels = latent_channels // slices
+        self.source: ParallaxSource | None = None
+        if slices > 1 and channel_context != "plain":
+            self.source = ParallaxSource(self.slice_channels, self.slice_channels, channel_context, segment=tile)
         self.models = nn.ModuleList(
             SliceModel(
                 i,
@@ -148,6 +158,7 @@ class ParaEM(nn.Module):
                 channel_context,
                 global_context,
                 raw_slices,
+                tile,
             )
             for i in range(slices)
         )
@@ -163,13 +174,18 @@ class ParaEM(nn.Module):
         hyper_anchor, hyper_other = split(hyper)
         done: list[Tensor] = []  # y_hat of each finished slice, in quantiser steps
         seen: list[Tensor] = []  # the same in units
+        features: list[SourceFeatures] = []  # what PCCM needs of each
         for i, model in enumerate(self.models):
             channels = slice(i * self.slice_channels, (i + 1) * self.slice_channels)
             unit = self.unit[channels]
             prior = (self.ln_spread[channels] + ln_gain[:, None, None, None]).clamp(min=LN_PRIOR_FLOOR)
             anchor_inputs, other_inputs, guide = [hyper_anchor], [hyper_other], hyper
             if model.channel_context is not None:
-                guide = model.channel_context(seen)
+                if self.source is not None:
+                    features.append(self.source.features(seen[-1]))
+                    guide = model.channel_context(seen[-1], self.source, features)
+                else:
+                    guide = model.channel_context(seen)
                 known = torch.cat([guide, *seen], dim=1) if model.raw_slices else guide
                 for inputs, half in zip((anchor_inputs, other_inputs), split(known), strict=True):
                     inputs.append(half)

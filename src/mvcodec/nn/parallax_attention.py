@@ -5,7 +5,9 @@
     C_u = sum_j M_{v->u}[i,j] M_{u->v}[j,i]                  Eq. (10)
     f^t_u = M_{v->u} f_v                                     Eq. (11)
 
-Rows are independent, so the work is done in chunks of rows of bounded memory; chunking changes no result.
+Rows are independent, so the work is done in chunks of rows of bounded memory; chunking changes no result. The entropy
+model also cuts rows and columns into segments, beyond which nothing is matched: its cost then grows with the picture's
+area, and there is no disparity to find between the slices of one view.
 M_{u->v} is softmax(M^T), whose entry [j, i] is the softmax of M over its first axis at [i, j]: the consistency is an
 elementwise product and sum, and no W x W x W product is ever formed.
 """
@@ -37,9 +39,20 @@ class SourceFeatures(NamedTuple):
     column_key: Tensor  # SKM of the vertical stage
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
-    """HPA, Eq. (8)-(11): query, key [N, C, H, W], value [N, D, H, W]; every row attends to the same row."""
+def attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, segment: int = 0, chunk: int = CHUNK_ELEMENTS
+) -> Aligned:
+    """HPA, Eq. (8)-(11): query, key [N, C, H, W], value [N, D, H, W]; every row attends to the same row.
+
+    segment: rows are cut into pieces of so many positions, each attending to itself; 0 leaves them whole.
+    """
     n, _, height, width = query.shape
+    if 0 < segment < width:
+        pieces = [
+            attend_rows(*(x[..., s : s + segment] for x in (query, key, value)), scale, 0, chunk)
+            for s in range(0, width, segment)
+        ]
+        return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
     q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
     rows = max(1, chunk // (width * width))
     features, consistencies = [], []
@@ -58,16 +71,20 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: 
     return Aligned(fold(features), fold(consistencies))
 
 
-def attend_columns(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
+def attend_columns(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, segment: int = 0, chunk: int = CHUNK_ELEMENTS
+) -> Aligned:
     """VPA: HPA with rows and columns exchanged."""
-    turned = attend_rows(query.mT, key.mT, value.mT, scale, chunk)
+    turned = attend_rows(query.mT, key.mT, value.mT, scale, segment, chunk)
     return Aligned(turned.feature.mT, turned.consistency.mT)
 
 
-def attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int = CHUNK_ELEMENTS) -> Aligned:
+def attend_everywhere(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, segment: int = 0, chunk: int = CHUNK_ELEMENTS
+) -> Aligned:
     """Full two-dimensional attention, O(N^4): the paper's `2D attention` ablation, as one row of H W positions."""
     q, k, v = (x.flatten(2)[:, :, None] for x in (query, key, value))
-    flat = attend_rows(q, k, v, scale, chunk)
+    flat = attend_rows(q, k, v, scale, segment, chunk)
     return Aligned(*(x.reshape(*x.shape[:2], *query.shape[2:]) for x in flat))
 
 
@@ -78,9 +95,10 @@ class OmniParallaxAttention(nn.Module):
     context transfer: no alignment, all sources alike).
     """
 
-    def __init__(self, channels: int, mode: str = "opam", scale: float | None = None) -> None:
+    def __init__(self, channels: int, mode: str = "opam", scale: float | None = None, segment: int = 0) -> None:
         super().__init__()
         self.mode = mode
+        self.segment = segment
         self.scale = channels**-0.5 if scale is None else scale
         self.row_skm = SelectiveKernel(channels) if mode in ("opam", "hpa", "attention2d") else None
         self.column_skm = SelectiveKernel(channels) if mode in ("opam", "vpa") else None
@@ -96,11 +114,11 @@ class OmniParallaxAttention(nn.Module):
         if self.mode == "average":
             return Aligned(side.value, torch.ones_like(side.value[:, :1]))
         if self.mode == "vpa":
-            return attend_columns(main.column_key, side.column_key, side.value, self.scale)
+            return attend_columns(main.column_key, side.column_key, side.value, self.scale, self.segment)
         attend = attend_everywhere if self.mode == "attention2d" else attend_rows
-        horizontal = attend(main.row_key, side.row_key, side.value, self.scale)
+        horizontal = attend(main.row_key, side.row_key, side.value, self.scale, self.segment)
         if self.column_skm is None:
             return horizontal
         column_key = self.column_skm(horizontal.feature)
-        vertical = attend_columns(main.column_key, column_key, horizontal.feature, self.scale)
+        vertical = attend_columns(main.column_key, column_key, horizontal.feature, self.scale, self.segment)
         return Aligned(vertical.feature, horizontal.consistency * vertical.consistency)

@@ -1,8 +1,9 @@
 """Analysis and synthesis transforms g_a, g_s; the synthesis in two stages, one per Para-JD submodule (Eq. (17)).
 
 `paper`: four 5x5 stride-2 convolutions with GDN.        y at 1/16, second stage from 1/4.
-`klt`:   pixel-unshuffle by 8, residual blocks at 1/8, 2x2 stride-2 convolution, residual blocks at 1/16.
-         Starts as the KLT of 16x16 blocks (design/training.md): y at 1/16, second stage from 1/8.
+`klt`:   residual branches at 1/2 and 1/4, pixel-unshuffle by 8, residual blocks at 1/8, 2x2 stride-2 convolution,
+         residual blocks at 1/16. Starts as the KLT of 16x16 blocks (design/training.md): y at 1/16, second stage
+         from 1/8. The synthesis mirrors it down to 1/4; 1/2 belongs to the refinement that follows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvcodec.nn.layers import QualityBlock
+from mvcodec.nn.layers import QualityBlock, QualityBranch
 
 BLOCK = 8  # side of the pixel-unshuffle
 PIXELS = 3 * BLOCK * BLOCK  # channels at 1/8
@@ -36,17 +37,40 @@ class QualityStack(nn.Module):
             block.scale.copy_(scale[:, None, None])
 
 
+class FineStage(nn.Module):
+    """A residual branch on blocks of `block` x `block` pixels. [B, 3, H, W] -> same shape."""
+
+    def __init__(self, block: int, width: int, depth: int, quality_knots: int) -> None:
+        super().__init__()
+        self.block = block
+        self.branch = QualityBranch(3 * block * block, width, depth, quality_knots)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.branch(F.pixel_unshuffle(x, self.block), quality), self.block)
+
+
 class KltAnalysis(nn.Module):
     """g_a of the `klt` kind: x [B, 3, H, W] in [0, 1] -> y [B, M, H/16, W/16], before the gain."""
 
-    def __init__(self, latent_channels: int, hidden: int, blocks8: int, blocks16: int, quality_knots: int) -> None:
+    def __init__(
+        self,
+        latent_channels: int,
+        hidden: int,
+        blocks8: int,
+        blocks16: int,
+        fine_widths: tuple[int, int],
+        quality_knots: int,
+    ) -> None:
         super().__init__()
+        self.stage2 = FineStage(2, fine_widths[0], 2, quality_knots)
+        self.stage4 = FineStage(4, fine_widths[1], 1, quality_knots)
         self.stage8 = QualityStack(PIXELS, hidden, blocks8, quality_knots)
         self.klt = nn.Conv2d(PIXELS, latent_channels, 2, stride=2)
         self.stage16 = QualityStack(latent_channels, latent_channels, blocks16, quality_knots)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        x = F.pixel_unshuffle(x - 0.5, BLOCK)
+        x = self.stage4(self.stage2(x - 0.5, quality), quality)
+        x = F.pixel_unshuffle(x, BLOCK)
         return self.stage16(self.klt(self.stage8(x, quality)), quality)
 
 
@@ -65,12 +89,13 @@ class KltSynthesisCoarse(nn.Module):
 class KltSynthesisFine(nn.Module):
     """Second stage of g_s: f [B, 192, H/8, W/8] -> picture [B, 3, H, W]."""
 
-    def __init__(self, hidden: int, blocks8: int, quality_knots: int) -> None:
+    def __init__(self, hidden: int, blocks8: int, fine_width: int, quality_knots: int) -> None:
         super().__init__()
         self.stage8 = QualityStack(PIXELS, hidden, blocks8, quality_knots)
+        self.stage4 = FineStage(4, fine_width, 1, quality_knots)
 
     def forward(self, f: Tensor, quality: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.stage8(f, quality), BLOCK) + 0.5
+        return self.stage4(F.pixel_shuffle(self.stage8(f, quality), BLOCK), quality) + 0.5
 
 
 @torch.no_grad()
@@ -95,6 +120,8 @@ def start_as_klt(
     pixel_spread = covariance.diagonal().mean().sqrt().float().expand(PIXELS)
     analysis.stage8.set_scale(pixel_spread)
     fine.stage8.set_scale(pixel_spread)
+    for stage in (analysis.stage2, analysis.stage4, fine.stage4):
+        stage.branch.scale.fill_(pixel_spread[0].item())
     return spread
 
 
