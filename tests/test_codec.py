@@ -105,7 +105,7 @@ def test_a_better_joint_decoder_keeps_the_model_id(tiny_model_file, tmp_path):
     model = load_model(tiny_model_file)
     net = ParaHydra(model.net.config)
     net.load_state_dict(model.net.state_dict())
-    torch.nn.init.normal_(net.para_jd.fusions[0].gain)
+    torch.nn.init.normal_(net.para_jd.fusions[0].fusion.gain)
     assert export_model(net.float(), tmp_path / "refined.safetensors") == model.id
 
 

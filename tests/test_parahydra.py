@@ -29,7 +29,7 @@ def net() -> ParaHydra:
         torch.manual_seed(0)
         net = ParaHydra(config_for("tiny"))
         for name, parameter in net.named_parameters():  # nothing may hide behind a zero start
-            if name.endswith(("fusions.0.gain", "fusions.1.gain", "conv2.weight")):
+            if name.endswith(("fusion.gain", "conv2.weight")):
                 torch.nn.init.normal_(parameter, std=0.1)
     return net.double()
 

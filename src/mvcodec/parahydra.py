@@ -39,6 +39,7 @@ class ModelConfig:
     window: int = 5
     channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
     global_context: str = "pgcm"  # pgcm | mlic
+    shared_source: bool = True  # PCCM embeds each slice once, with one set of weights
     attention_tile: int = 32  # Para-EM's attention stays within tiles of so many latents a side
     refine: str = "none"  # none (the paper) | aligned: the pixel-domain third stage of Para-JD
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
@@ -73,6 +74,7 @@ ENTROPY_SWITCHES = {
     "window",
     "channel_context",
     "global_context",
+    "shared_source",
     "attention_tile",
 }
 
@@ -87,6 +89,7 @@ PROFILES = {
         context_channels=60,
         parameter_widths=(320, 256, 128),
         raw_slices=False,
+        shared_source=False,
         fusion_widths=(192, 192),
         refine="aligned",
     ),
@@ -156,6 +159,7 @@ class ParaHydra(nn.Module):
             c.global_context,
             c.raw_slices,
             c.attention_tile,
+            c.shared_source,
         )
         self.para_jd = ParaJD(coarse, fine, (c.latent_channels, middle), c.fusion_widths, c.joint)
         self.refinement = AlignedRefinement() if c.refine == "aligned" else None

@@ -39,3 +39,12 @@ def test_global_attention_in_chunks_is_exact():
     torch.testing.assert_close(attend_anchors(q, k, v, chunk=20), whole)
     scores = (q.flatten(2).mT @ k.flatten(2)) / 2  # sqrt(4)
     torch.testing.assert_close(whole.flatten(2), (scores.softmax(dim=-1) @ v.flatten(2).mT).mT)  # Eq. (19)
+
+
+def test_tiled_attention_is_attention_within_each_tile():
+    q, k, v = (maps(i, 1, 3, 6, 5) for i in range(3))  # half-grids of 6 x 10 positions
+    found = attend_anchors(q, k, v, tile=4)
+    for top in (0, 4):
+        for left in (0, 2, 4):
+            window = (..., slice(top, top + 4), slice(left, left + 2))
+            torch.testing.assert_close(found[window], attend_anchors(q[window], k[window], v[window]))

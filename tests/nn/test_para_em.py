@@ -72,3 +72,18 @@ def test_an_untrained_model_predicts_the_prior_scale():
     for mu, ln_sigma in seen:
         assert torch.equal(mu, torch.zeros_like(mu))
         torch.testing.assert_close(ln_sigma, torch.full_like(ln_sigma, 1.2))
+
+
+@pytest.mark.parametrize("channel_context", ["opam", "average"])
+def test_a_shared_source_with_equal_weights_is_each_slice_having_its_own(channel_context):
+    shared = entropy_model(channel_context=channel_context)
+    own = entropy_model(channel_context=channel_context, shared_source=False)
+    state = shared.state_dict()
+    wanted = {}
+    for name in own.state_dict():
+        before, found, after = name.partition(".channel_context.source.")
+        wanted[name] = state["source." + after] if found else state[name]
+    own.load_state_dict(wanted)
+    hyper = maps(9, 1, 8, 4, 4)
+    for a, b in zip(parameters_and_values(shared, hyper)[0], parameters_and_values(own, hyper)[0], strict=True):
+        torch.testing.assert_close(a, b)

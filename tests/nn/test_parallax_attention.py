@@ -51,7 +51,7 @@ def test_columns_are_rows_of_the_transposed_maps():
 def test_chunked_equals_unchunked(chunk):
     q, k, v = maps(0, 2, 6, 5, 7), maps(1, 2, 6, 5, 7), maps(2, 2, 4, 5, 7)
     for attend in (attend_rows, attend_columns):
-        whole, parts = attend(q, k, v, 1.0), attend(q, k, v, 1.0, chunk)
+        whole, parts = attend(q, k, v, 1.0), attend(q, k, v, 1.0, chunk=chunk)
         torch.testing.assert_close(parts.feature, whole.feature)
         torch.testing.assert_close(parts.consistency, whole.consistency)
 
@@ -100,3 +100,14 @@ def test_identical_sources_with_sharp_keys_align_to_themselves():
     found = attend_rows(sharp, sharp, maps(0, 1, 3, 1, 6), 1.0)
     torch.testing.assert_close(found.feature, maps(0, 1, 3, 1, 6))
     torch.testing.assert_close(found.consistency, torch.ones(1, 1, 1, 6, dtype=torch.float64))
+
+
+def test_segments_match_nothing_beyond_their_own_positions():
+    q, k, v = (maps(i, 2, 3, 5, 7) for i in range(3))
+    for attend, axis in ((attend_rows, -1), (attend_columns, -2)):
+        found = attend(q, k, v, 1.0, 3)
+        for start in range(0, q.shape[axis], 3):
+            window = tuple(slice(None) for _ in range(4 + axis)) + (slice(start, start + 3),)
+            alone = attend(q[window], k[window], v[window], 1.0)
+            torch.testing.assert_close(found.feature[window], alone.feature)
+            torch.testing.assert_close(found.consistency[window], alone.consistency)

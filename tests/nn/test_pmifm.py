@@ -35,10 +35,10 @@ def test_sources_are_weighted_by_the_softmax_of_their_consistencies():
     fusion = ParallaxFusion(8, 8).double()
     main, sides = maps(0, 1, 8, 4, 6), [maps(i, 1, 8, 4, 6) for i in (1, 2)]
     own = fusion.features(main)
-    found = [fusion.opam(own, fusion.features(s)) for s in sides]
+    found = [fusion.source.opam(own, fusion.features(s)) for s in sides]
     weight = torch.cat([f.consistency for f in found], dim=1).softmax(dim=1)
     mixed = weight[:, :1] * found[0].feature + weight[:, 1:] * found[1].feature  # Eq. (15)
-    expected = main + fusion.gain * fusion.fuse(torch.cat([mixed, own.value], dim=1))  # Eq. (16)
+    expected = main + fusion.fusion.gain * fusion.fusion.fuse(torch.cat([mixed, own.value], dim=1))  # Eq. (16)
     torch.testing.assert_close(fuse(fusion, main, sides).feature, expected)
 
 

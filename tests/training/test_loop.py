@@ -72,7 +72,7 @@ def test_joint_stage_trains_the_joint_decoder_and_leaves_every_bit_alone(config,
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("para_jd.") or name == "gain.log_inverse" for name in changed)
-    assert "para_jd.fusions.0.gain" in changed
+    assert "para_jd.fusions.0.fusion.gain" in changed
 
 
 def test_a_released_model_file_is_a_start(config, tiny_model_file, tiny_model):

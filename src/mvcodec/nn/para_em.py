@@ -32,22 +32,27 @@ CodeStep = Callable[[int, Tensor, Tensor], Tensor]
 class ChannelContext(nn.Module):
     """PCCM, Eq. (18): the last slice is the main source, all earlier ones its side sources.
 
-    All slices share one ParallaxSource, which belongs to ParaEM: each slice is embedded once, when it is decoded, and
-    not anew for every later one. Fusion and output are this slice's own.
+    own_source None: all slices share one ParallaxSource, which belongs to ParaEM. Each slice is then embedded once, when
+    it is decoded, and not anew for every later one.
     """
 
-    def __init__(self, slice_channels: int, channels_out: int) -> None:
+    def __init__(self, slice_channels: int, channels_out: int, own_source: ParallaxSource | None) -> None:
         super().__init__()
+        self.source = own_source
         self.fusion = Fusion(slice_channels, slice_channels, initial_gain=1.0)
         self.out = nn.Conv2d(slice_channels, channels_out, 1)
 
-    def forward(self, last: Tensor, source: ParallaxSource, features: list[SourceFeatures]) -> Tensor:
-        """last [B, C, H, W]: the slice before; features of all earlier slices, its own last -> Phi_ch."""
+    def forward(self, slices: list[Tensor], shared: ParallaxSource | None, features: list[SourceFeatures]) -> Tensor:
+        """slices: the decoded ones, each [B, C, H, W], and what `shared` made of them -> Phi_ch [B, C_out, H, W]."""
+        source = self.source or shared
+        assert source is not None
+        if self.source is not None:
+            features = [self.source.features(x) for x in slices]
         sides = None
         if len(features) > 1:
             sides = SourceFeatures(*(torch.stack(maps) for maps in zip(*features[:-1], strict=True)))
         aligned, _ = source(features[-1], sides)
-        return self.out(self.fusion(last, aligned, features[-1].value))
+        return self.out(self.fusion(slices[-1], aligned, features[-1].value))
 
 
 class PlainChannelContext(nn.Module):
@@ -60,7 +65,7 @@ class PlainChannelContext(nn.Module):
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.conv3 = nn.Conv2d(hidden, channels_out, 3, padding=1)
 
-    def forward(self, slices: list[Tensor]) -> Tensor:
+    def forward(self, slices: list[Tensor], shared: None, features: list[SourceFeatures]) -> Tensor:
         return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.cat(slices, dim=1))))))
 
 
@@ -99,6 +104,7 @@ class SliceModel(nn.Module):
         global_context: str,
         raw_slices: bool,
         tile: int,
+        shared_source: bool,
     ) -> None:
         super().__init__()
         self.raw_slices = raw_slices
@@ -106,7 +112,8 @@ class SliceModel(nn.Module):
         if index and channel_context == "plain":
             self.channel_context = PlainChannelContext(channels, index, context)
         elif index:
-            self.channel_context = ChannelContext(channels, context)
+            source = None if shared_source else ParallaxSource(channels, channels, channel_context, tile)
+            self.channel_context = ChannelContext(channels, context, source)
         known = hyper_channels + (context if index else 0) + (channels * index if raw_slices else 0)
         guide = context if index else hyper_channels
         self.local_context = CheckerboardAttention(channels, guide, context, window)
@@ -141,12 +148,13 @@ class ParaEM(nn.Module):
         global_context: str = "pgcm",
         raw_slices: bool = False,
         tile: int = 0,
+        shared_source: bool = True,
     ) -> None:
         super().__init__()
         self.slice_channels = latent_channels // slices
         self.source: ParallaxSource | None = None
-        if slices > 1 and channel_context != "plain":
-            self.source = ParallaxSource(self.slice_channels, self.slice_channels, channel_context, segment=tile)
+        if shared_source and channel_context != "plain":
+            self.source = ParallaxSource(self.slice_channels, self.slice_channels, channel_context, tile)
         self.models = nn.ModuleList(
             SliceModel(
                 i,
@@ -159,6 +167,7 @@ class ParaEM(nn.Module):
                 global_context,
                 raw_slices,
                 tile,
+                shared_source,
             )
             for i in range(slices)
         )
@@ -183,9 +192,7 @@ class ParaEM(nn.Module):
             if model.channel_context is not None:
                 if self.source is not None:
                     features.append(self.source.features(seen[-1]))
-                    guide = model.channel_context(seen[-1], self.source, features)
-                else:
-                    guide = model.channel_context(seen)
+                guide = model.channel_context(seen, self.source, features)
                 known = torch.cat([guide, *seen], dim=1) if model.raw_slices else guide
                 for inputs, half in zip((anchor_inputs, other_inputs), split(known), strict=True):
                     inputs.append(half)
