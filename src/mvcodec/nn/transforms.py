@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvcodec.nn.gdn import GDN
 from mvcodec.nn.layers import QualityBlock, QualityBranch
 
 BLOCK = 8  # side of the pixel-unshuffle
@@ -127,8 +128,6 @@ def start_as_klt(
 
 def _convolutions(widths: tuple[int, ...], transposed: bool, last_is_picture: bool) -> nn.Sequential:
     """5x5 stride-2 layers with (inverse) GDN between; none after the last one when `last_is_picture`."""
-    from compressai.layers import GDN  # 5 s to import, and only the `paper` profile needs it
-
     layers: list[nn.Module] = []
     for index, (a, b) in enumerate(pairwise(widths)):
         if transposed:

@@ -1,0 +1,113 @@
+"""Large pictures in tiles that overlap, so that memory is bounded and the result is that of the whole picture.
+
+    |-- reach --|----- tile -----|-- reach --|     what a stage sees
+                |----- tile -----|                 what is kept of its output
+
+A convolutional stage sees no further than its reach, which is measured on its own convolutions. A tile gets so much of
+the picture around it, or ends where the picture ends and is padded there as the picture is: every number is then the
+sum of the same products as without tiles. Only the order of summation is the convolution library's own and may depend
+on a tile's size: float32 results agree to its rounding, bfloat16 ones to its (far coarser) rounding.
+
+Tiles are for float stages alone. Whether a picture is tiled is not written into its file: the encoder's y may differ in
+the last place and so, rarely, round to another integer, which is as good a file; the decoder's integers are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# stage(x [B, C, h, w], views): B views of the batch, all of them or a part, whole or a tile.
+Stage = Callable[[Tensor, slice], Tensor]
+PROBE = 64  # pixels: the least size that every stage takes
+SMALLEST = 64  # a tile's side where even this is over the budget
+
+
+class Footprint(NamedTuple):
+    """How far a stage sees, and on which grid it works, both in positions of its input."""
+
+    reach: int
+    grid: int
+
+
+@torch.inference_mode()
+def footprint(module: nn.Module, run: Stage, probe: Tensor) -> Footprint:
+    """Found by running the stage on a small input [1, C, h, w] and adding up the reach of its convolutions.
+
+    Branches count as if they stood in a row, so the reach is never too small. Stages that look at the whole picture at
+    once (pooling, attention) have no footprint; none of g_a, g_s and the refinement's clean part does.
+    """
+    size = probe.shape[-1]
+    reach, grid = 0.0, 1.0
+
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal reach, grid
+        spacing = size / inputs[0].shape[-1]  # positions of the stage's input per position of the layer's
+        radius = (layer.kernel_size[0] - 1) / 2
+        if isinstance(layer, nn.ConvTranspose2d):
+            radius /= layer.stride[0]
+        reach += spacing * math.ceil(radius)
+        grid = max(grid, spacing, size / output.shape[-1])
+
+    with ExitStack() as stack:
+        for layer in module.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                stack.callback(layer.register_forward_hook(see).remove)
+        run(probe, slice(0, 1))
+    step = math.ceil(grid)
+    return Footprint(-(-math.ceil(reach) // step) * step, step)
+
+
+def tiled(module: nn.Module, run: Stage, x: Tensor, most: int) -> Tensor:
+    """The stage `run` of x [B, C, H, W], at most `most` input positions at a time -> its output, float32.
+
+    `run` applies `module`. What fits is done in one piece; else view by view, and where one does not fit, in tiles.
+    """
+    batch, _, height, width = x.shape
+    if height * width <= most:
+        group = most // (height * width)
+        parts = [run(x[k : k + group], slice(k, k + group)).float() for k in range(0, batch, group)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    seen = footprint(module, run, x[:1, :, :PROBE, :PROBE])
+    side = max(math.isqrt(most) - 2 * seen.reach, SMALLEST) // seen.grid * seen.grid
+    whole: Tensor | None = None
+    for view in range(batch):
+        for rows in _spans(height, side, seen.reach):
+            for columns in _spans(width, side, seen.reach):
+                part = run(
+                    x[view : view + 1, :, rows.first : rows.last, columns.first : columns.last], slice(view, view + 1)
+                )
+                ratio = part.shape[-1] / (columns.last - columns.first)  # of the output's resolution to the input's
+                if whole is None:
+                    shape = (batch, part.shape[1], round(height * ratio), round(width * ratio))
+                    whole = torch.empty(shape, dtype=torch.float32, device=part.device)
+                whole[(view, slice(None), *(_scaled(s, ratio) for s in (rows.kept, columns.kept)))] = part[
+                    (0, slice(None), *(_scaled(s, ratio) for s in (rows.inside, columns.inside)))
+                ]
+    assert whole is not None
+    return whole
+
+
+class _Span(NamedTuple):
+    """Along one side: what is looked at, first .. last, and what of it is kept, in the whole and in the part."""
+
+    first: int
+    last: int
+    kept: slice
+    inside: slice
+
+
+def _spans(length: int, tile: int, reach: int) -> Iterator[_Span]:
+    for start in range(0, length, tile):
+        end = min(start + tile, length)
+        first, last = max(start - reach, 0), min(end + reach, length)
+        yield _Span(first, last, slice(start, end), slice(start - first, end - first))
+
+
+def _scaled(part: slice, ratio: float) -> slice:
+    return slice(round(part.start * ratio), round(part.stop * ratio))

@@ -1,0 +1,67 @@
+"""Tiles change nothing: each stage's reach holds, and a picture in tiles is the picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mvcodec.nn.aligned_refinement import AlignedRefinement
+from mvcodec.nn.gain import hat_basis
+from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.tiling import footprint, tiled
+
+STAGES = ("g_a", "coarse", "fine", "clean")
+
+
+@pytest.fixture(scope="module", params=["fast", "paper"])
+def net(request) -> ParaHydra:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        narrow = {"latent_channels": 32, "hyper_channels": 16, "prior_channels": 32, "slices": 4, "block_channels": 16}
+        net = ParaHydra(config_for(request.param, **narrow, fusion_widths=(16, 16), fine_widths=(8, 16)))
+        for parameter in net.parameters():
+            if not parameter.any():  # nothing may hide behind a zero start
+                torch.nn.init.normal_(parameter, std=0.1)
+    return net.double().requires_grad_(False).eval()
+
+
+def stage(net: ParaHydra, name: str):
+    """(module, run, input channels, positions of the input per 64 pixels); two views of different quality."""
+    t = torch.tensor([0.4, 0.9], dtype=torch.float64)
+    basis = hat_basis(t, net.config.quality_knots)
+    m, middle = net.config.latent_channels, 192 if net.config.transform == "klt" else net.config.latent_channels
+    if name == "g_a":
+        return net.g_a, lambda x, views: net.g_a(x, basis[views]), 3, 64
+    if name == "coarse":
+        return net.para_jd.coarse, lambda x, views: net.para_jd.coarse(x, basis[views]), m, 4
+    if name == "fine":
+        return net.para_jd.fine, lambda x, views: net.para_jd.fine(x, basis[views]), middle, 8 if middle == 192 else 16
+    refinement: AlignedRefinement = net.refinement
+    return refinement, lambda x, views: refinement.clean(x, t[views])[0], 3, 64
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_nothing_beyond_the_reach_is_seen(net, name):
+    module, run, channels, unit = stage(net, name)
+    seen = footprint(module, run, torch.zeros(1, channels, unit, unit, dtype=torch.float64))
+    assert seen.reach % seen.grid == 0
+    side = -(-(2 * seen.reach + 3 * seen.grid) // unit) * unit
+    x = torch.rand(1, channels, side, side, dtype=torch.float64, requires_grad=True)
+    out = run(x, slice(0, 1))
+    at = out.shape[-1] // 2
+    (gradient,) = torch.autograd.grad(out[0, :, at, at].sum(), x)
+    reached = gradient[0].abs().sum(0).nonzero()
+    here = at * side // out.shape[-1] // seen.grid * seen.grid  # first position of the block that the output stands for
+    assert reached.min() >= here - seen.reach
+    assert reached.max() < here + seen.grid + seen.reach
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_in_tiles_is_the_stage(net, name):
+    if (name, net.config.profile) == ("clean", "paper"):
+        pytest.skip("the refinement is the same in both profiles")
+    module, run, channels, unit = stage(net, name)
+    x = torch.rand(2, channels, 3 * unit, 5 * unit, dtype=torch.float64)
+    whole = run(x, slice(0, 2)).float()
+    for most in (1, x[0, 0].numel(), x[:, 0].numel()):  # tiles, view by view, all at once
+        torch.testing.assert_close(tiled(module, run, x, most), whole, rtol=1e-6, atol=1e-6)
