@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,14 @@ from numpy.typing import NDArray
 
 settings.register_profile("mvcodec", deadline=None)  # a busy machine is no defect of ours
 settings.load_profile("mvcodec")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches_of_the_tests_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is left in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def smooth_picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

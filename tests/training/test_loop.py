@@ -8,7 +8,8 @@ import torch
 
 from mvcodec.errors import UsageError
 from mvcodec.nn.gain import rate_distortion_lambda
-from mvcodec.training.loop import TrainConfig, Trainer, learning_rate, train
+from mvcodec.training.config import TrainConfig, learning_rate
+from mvcodec.training.loop import Trainer, train
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_released_model_file_is_a_start(config, tiny_model_file, tiny_model):
 
 def test_joint_stage_mixes_lone_views_and_sets(config):
     trainer = Trainer(replace(config, stage="joint"), progress=False)
-    assert {trainer.views_at(step) for step in range(60)} == {1, 2}
+    assert {trainer.batches.views_at(step) for step in range(60)} == {1, 2}
 
 
 def test_validation_reports_every_quality(config, scenes_folder):

@@ -7,8 +7,9 @@ import torch
 
 from mvcodec.errors import UsageError
 from mvcodec.training import refinement
+from mvcodec.training.config import TrainConfig
 from mvcodec.training.export import export_checkpoint
-from mvcodec.training.loop import TrainConfig, train
+from mvcodec.training.loop import train
 from mvcodec.weights import load_model
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,10 +14,34 @@ from mvcodec.cli.report import Report, on_device, reporting
 from mvcodec.errors import UsageError
 
 FOLDER = click.Path(exists=True, file_okay=False)
+NO_SETTINGS = ("config", "resume", "json", "verbose", "quiet", "help")  # of a call, not of a run
+
+
+def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> None:
+    """The file's settings become the options' defaults: what stands on the command line goes before."""
+    if name is None:
+        return
+    from mvcodec.training.config import read_config
+
+    names = {"data": "data"}  # setting -> parameter
+    for parameter in ctx.command.params:
+        for word in parameter.opts:
+            if word.startswith("--") and word[2:] not in NO_SETTINGS and parameter.name:
+                names[word[2:]] = parameter.name
+    ctx.default_map = {names[key]: value for key, value in read_config(name, names).items()}
 
 
 @click.command(short_help="Train weights on folders of overlapping pictures.")
 @click.argument("data", metavar="DATA_DIR", type=FOLDER)
+@click.option(
+    "--config",
+    is_eager=True,
+    expose_value=False,
+    callback=from_file,
+    metavar="NAME|FILE",
+    help="Settings from a TOML file or a shipped one (fast-single, fast-joint, fast-refine, paper-single, paper-joint)."
+    " Its keys are the options' names; options given here go before.",
+)
 @click.option("--profile", type=click.Choice(["fast", "paper", "tiny"]), default="fast", show_default=True)
 @click.option(
     "--stage",
@@ -40,77 +66,72 @@ FOLDER = click.Path(exists=True, file_okay=False)
 @click.option("--validate-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps.")
 @click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Length of the schedule.")
 @click.option("--minutes", type=click.FloatRange(min=0), default=0.0, help="Stop, resumable, after so long.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Views per step.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Views per step, over all processes."
+)
 @click.option("--crop", type=click.IntRange(min=64), default=256, show_default=True, help="A multiple of 64.")
-@click.option("--max-views", type=click.IntRange(min=2), default=3, show_default=True, help="Of stage joint.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
+@click.option("--max-views", type=click.IntRange(min=2), default=6, show_default=True, help="Of stage joint.")
+@click.option(
+    "--jitter",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of the views that get colours and exposure of another camera.",
+)
+@click.option(
+    "--synthetic",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Of stage joint: share of the sets whose views are made from one picture, with parallax and occlusion.",
+)
+@click.option(
+    "--distortion",
+    type=click.Choice(["mse", "ms-ssim"]),
+    default="mse",
+    show_default=True,
+    help="What the loss weighs against bits; stage refine knows mse alone.",
+)
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0: all.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that cut crops ahead; 0: none.")
+@click.option("--compile", is_flag=True, help="Run through torch.compile (CUDA only).")
 @on_device
 @reporting
-def train(
-    report: Report,
-    data: str,
-    profile: str,
-    stage: str,
-    run_dir: str,
-    resume: bool,
-    start_from: str | None,
-    validation: str | None,
-    validate_every: int,
-    steps: int,
-    minutes: float,
-    batch: int,
-    crop: int,
-    max_views: int,
-    lr: float,
-    seed: int,
-    threads: int,
-    device: str,
-) -> None:
-    r"""Train weights on DATA_DIR, a folder of scenes, each a folder of overlapping pictures of one place.
+def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
+    """Train weights on DATA_DIR, a folder of scenes, each a folder of overlapping pictures of one place.
 
     First the single-view stage, then the joint one, then the refinement:
 
     \b
-        mvcodec train scenes/ --out runs/a --steps 20000
-        mvcodec train scenes/ --out runs/b --stage joint --start-from runs/a/checkpoint.pt
-        mvcodec train scenes/ --out runs/c --stage refine --start-from runs/b/checkpoint.pt
+        mvcodec train scenes/ --config fast-single --out runs/a
+        mvcodec train scenes/ --config fast-joint --out runs/b --start-from runs/a/checkpoint.pt
+        mvcodec train scenes/ --config fast-refine --out runs/c --start-from runs/b/checkpoint.pt
 
-    Interrupting is safe: the checkpoint is written, and --resume goes on as if nothing had happened.
-    """
-    if crop % 64:
-        raise UsageError(f"--crop {crop}: must be a multiple of 64")
-    if (Path(run_dir) / "checkpoint.pt").exists() != resume:
+    Interrupting is safe: the checkpoint is written, and --resume goes on as if nothing had happened. Several
+    processes train as one under torchrun: torchrun --nproc-per-node 4 -m mvcodec train ...
+    """  # noqa: D301 (click reads the backspace)
+    run = Path(settings["run_dir"])
+    if settings["crop"] % 64:
+        raise UsageError(f"--crop {settings['crop']}: must be a multiple of 64")
+    if (run / "checkpoint.pt").exists() != resume:
         state = "has no checkpoint to resume from" if resume else "has a checkpoint; say --resume or name another"
-        raise UsageError(f"--out {run_dir}: {state}")
+        raise UsageError(f"--out {run}: {state}")
 
     from mvcodec import api
+    from mvcodec.training.config import TrainConfig
     from mvcodec.training.export import export_checkpoint
-    from mvcodec.training.loop import TrainConfig
-    from mvcodec.training.loop import train as run
+    from mvcodec.training.loop import train as train_
 
-    config = TrainConfig(
-        data=data,
-        run_dir=run_dir,
-        profile=profile,
-        stage=stage,
-        steps=steps,
-        batch=batch,
-        crop=crop,
-        max_views=max_views,
-        learning_rate=lr,
-        seed=seed,
-        device=str(api.resolve_device(device)),
-        threads=threads,
-        start_from=start_from or "",
-        validation=validation or "",
-        validate_every=validate_every,
-        minutes=minutes,
-    )
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = TrainConfig(**given, device=str(api.resolve_device(device)))
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes: the one that speaks
     with redirect_stdout(sys.stderr):  # stdout is for the result alone
-        checkpoint = run(config, progress=not report.quiet and sys.stderr.isatty())
-    weights = Path(run_dir) / f"{profile}.safetensors"
+        checkpoint = train_(config, progress=first and not report.quiet and sys.stderr.isatty())
+    if not first:
+        return
+    weights = run / f"{config.profile}.safetensors"
     identity = export_checkpoint(checkpoint, weights).hex()
     record = {"checkpoint": str(checkpoint), "weights": str(weights), "model_id": identity}
     report.result(record, f"{weights}: model {identity}, for --model; {checkpoint} to train on")

@@ -1,13 +1,18 @@
-"""Scenes of overlapping photographs in memory, and random crops that show the same place in every view.
+"""Scenes of overlapping photographs in memory.
 
 A scene is a folder of pictures (`DATA/scene/view.webp`, also one level deeper for shards). All are decoded once and
-kept as uint8. Every batch depends on (seed, step) alone, so that a resumed run sees what the uninterrupted one would.
+kept as uint8. How the views of a scene lie to each other is found once and kept in the user's cache.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mvcodec.errors import PictureError, UsageError
+from mvcodec.files import atomic
 from mvcodec.frames import PICTURE_SUFFIXES
 from mvcodec.parahydra import PAD_MULTIPLE
 
@@ -79,53 +85,53 @@ def read_rgb(file: Path) -> Picture:
 
 def load_scenes(folder: Path, progress: bool = False) -> list[Scene]:
     """Decode every scene below `folder`; a few GB for a few thousand megapixels."""
-    found = find_scenes(folder)
+    cache = ShiftCache(folder)
     scenes = []
-    for name, files in tqdm(found.items(), desc="loading", disable=not progress, leave=False):
+    for name, files in tqdm(find_scenes(folder).items(), desc="loading", disable=not progress, leave=False):
         views = tuple(read_rgb(file) for file in files)
-        shifts = ((0, 0), *(global_shift(views[0], view) for view in views[1:]))
-        scenes.append(Scene(name, views, shifts))
+        scenes.append(Scene(name, views, cache.shifts(name, files, views)))
+    cache.save()
     return scenes
 
 
-@dataclass(frozen=True)
-class CropSampler:
-    """Random crops [B, K, 3, size, size] in [0, 1]: `batch` scenes, `views` overlapping views each."""
+class ShiftCache:
+    """The shifts of one data folder's scenes, in the user's cache folder, valid while its files stay as they are."""
 
-    scenes: list[Scene]
-    size: int
-    seed: int
+    def __init__(self, folder: Path) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self.file = home / "mvcodec" / "shifts" / f"{name}.json"
+        self.known: dict[str, dict[str, list]] = {}
+        with suppress(OSError, ValueError):  # absent or spoilt: found anew
+            self.known = dict(json.loads(self.file.read_text()))
+        self.changed = False
 
-    def batch(self, step: int, batch: int, views: int) -> Tensor:
-        rng = np.random.default_rng((self.seed, step))
-        usable = [s for s in self.scenes if len(s.views) >= views and s.smallest_side >= self.size]
-        if not usable:
-            raise UsageError(f"no scene has {views} views of at least {self.size}x{self.size}")
-        # A scene counts by its number of views: each photograph is seen about equally often.
-        weight = np.array([len(s.views) for s in usable], dtype=np.float64)
-        chosen = rng.choice(len(usable), size=batch, p=weight / weight.sum())
-        crops = np.stack([self._crop_set(usable[i], views, rng) for i in chosen])
-        return torch.from_numpy(crops).permute(0, 1, 4, 2, 3).float().div_(255)
+    def shifts(self, name: str, files: list[Path], views: tuple[Picture, ...]) -> tuple[tuple[int, int], ...]:
+        """Shift (rows, columns) of each view against the first."""
+        key = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        entry = self.known.get(name)
+        if not entry or entry.get("files") != key:
+            found = [(0, 0), *(global_shift(views[0], view) for view in views[1:])]
+            entry = self.known[name] = {"files": key, "shifts": found}
+            self.changed = True
+        return tuple((row, column) for row, column in entry["shifts"])
 
-    def _crop_set(self, scene: Scene, views: int, rng: np.random.Generator) -> Picture:
-        order = rng.permutation(len(scene.views))[:views]
-        base_row, base_column = scene.shifts[order[0]]
-        height, width = scene.views[order[0]].shape[:2]
-        row = int(rng.integers(0, height - self.size + 1))
-        column = int(rng.integers(0, width - self.size + 1))
-        crops = []
-        for view in order:
-            picture, (dr, dc) = scene.views[view], scene.shifts[view]
-            top = int(np.clip(row + dr - base_row, 0, picture.shape[0] - self.size))
-            left = int(np.clip(column + dc - base_column, 0, picture.shape[1] - self.size))
-            crops.append(picture[top : top + self.size, left : left + self.size])
-        stack = np.stack(crops)
-        flip = rng.integers(0, 4)  # the same for all views, so that geometry stays consistent
-        if flip & 1:
-            stack = stack[:, :, ::-1]
-        if flip & 2:
-            stack = stack[:, ::-1]
-        return stack
+    def save(self) -> None:
+        """Keep what was found; a cache that cannot be written costs time, nothing else."""
+        if self.changed:
+            with suppress(OSError), atomic(self.file) as file:
+                file.write(json.dumps(self.known).encode())
+
+
+def refuse_overlap(data: Path, validation: Path) -> None:
+    """UsageError if a picture of `validation`, by path or by content, is also one of `data`."""
+    by_size: dict[int, list[Path]] = {}
+    for file in (file for files in find_scenes(data).values() for file in files):
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    for file in (file for files in find_scenes(validation).values() for file in files):
+        for other in by_size.get(file.stat().st_size, []):
+            if file.samefile(other) or cmp(file, other, shallow=False):
+                raise UsageError(f"{file}: is also a training picture ({other}); validate on scenes of their own")
 
 
 def centre_crops(scenes: list[Scene], size: int) -> Iterator[tuple[str, Tensor]]:

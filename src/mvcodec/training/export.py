@@ -1,21 +1,65 @@
-"""A checkpoint's averaged weights -> a model file that `mvcodec --model` takes."""
+"""A checkpoint's averaged weights -> a model file that `mvcodec --model` takes, and a card of what is known of it."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mvcodec.errors import ModelError
+from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig, ParaHydra
+from mvcodec.training.curves import columns
 from mvcodec.weights import export_model
 
 ABOUT = ("stage", "batch", "crop", "seed")  # what of the run's settings the model file tells
 
 
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a run wrote; ModelError if it is something else."""
+    try:
+        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if {"ema", "step", "model_config", "train_config"} <= state.keys():
+            return state
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ModelError(f"{checkpoint} is not a readable checkpoint: {error}") from error
+    raise ModelError(f"{checkpoint} is not a checkpoint of mvcodec train")
+
+
 def export_checkpoint(checkpoint: Path, target: Path) -> bytes:
     """Write the model file, whole or not at all; returns the model id."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = read_checkpoint(checkpoint)
     net = ParaHydra(ModelConfig.from_dict(state["model_config"]))
     net.load_state_dict(state["ema"])
     about = {name: str(state["train_config"][name]) for name in ABOUT}
     return export_model(net, target, {"steps": str(state["step"]), **about})
+
+
+def describe(checkpoint: Path, target: Path, identity: bytes) -> Path:
+    """The model's card beside it: configuration, settings and last validation of the run. Returns its path."""
+    state = read_checkpoint(checkpoint)
+    size = f"{target.stat().st_size / 1e6:.1f} MB"
+    parameters = sum(value.numel() for value in state["ema"].values()) / 1e6
+    lines = [
+        f"# {target.stem}",
+        "",
+        f"Profile `{state['model_config']['profile']}`, {parameters:.1f} M parameters, {size}, model id"
+        f" `{identity.hex()}`, {state['step']} steps of stage `{state['train_config']['stage']}`.",
+    ]
+    validation = columns(checkpoint.parent / "validation.csv")
+    if validation:
+        lines += ["", "## Last validation", "", "Estimated rates on centre crops, averaged weights.", ""]
+        lines += ["| quality | bpp | PSNR separate | PSNR joint |", "|---|---|---|---|"]
+        for step, quality, *values in zip(*validation.values(), strict=True):
+            if step == validation["step"][-1]:
+                bpp, separate, joint = values
+                lines.append(f"| {100 * quality:.0f} | {bpp:.4f} | {separate:.2f} | {joint:.2f} |")
+    for title, settings in (("Training", state["train_config"]), ("Configuration", state["model_config"])):
+        lines += ["", f"## {title}", "", "| setting | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in settings.items()]
+    card = target.with_suffix(".md")
+    with atomic(card) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    return card

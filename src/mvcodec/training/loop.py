@@ -7,12 +7,12 @@ that no bit changes, and trains Para-JD on sets of overlapping views of random K
 
 from __future__ import annotations
 
-import csv
 import math
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,120 +22,40 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvcodec.errors import UsageError
-from mvcodec.nn.gain import rate_distortion_lambda
-from mvcodec.parahydra import ModelConfig, ParaHydra, config_for
-from mvcodec.training.data import CropSampler, centre_crops, load_scenes
+from mvcodec.evaluation.metrics import MS_SSIM_MIN_SIDE
+from mvcodec.parahydra import ModelConfig, ParaHydra, TrainingOutput, config_for
+from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
+from mvcodec.training.config import TrainConfig, learning_rate
+from mvcodec.training.curves import append_rows, draw
+from mvcodec.training.data import centre_crops, load_scenes, refuse_overlap
+from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
-from mvcodec.weights import read_model_file
+from mvcodec.training.losses import DISTORTIONS, loss_of
+from mvcodec.training.sampling import Batches, CropSampler
 
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
 TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already calms these
 VALIDATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One run. `steps` is where the cosine ends; a run may be stopped and resumed anywhere before."""
-
-    data: str
-    run_dir: str
-    profile: str = "fast"
-    stage: str = "single"  # single | joint | refine
-    steps: int = 4000
-    batch: int = 8
-    crop: int = 256
-    max_views: int = 3  # of stage joint; 1 trains the decoder on lone views and leaves the fusions alone
-    learning_rate: float = 5e-4
-    warmup: int = 200
-    clip: float = 1.0
-    ema: float = 0.999
-    seed: int = 1
-    device: str = "cpu"
-    threads: int = 0  # 0: torch's default
-    start_from: str = ""  # checkpoint or model file whose weights begin this run (another stage's, say)
-    validation: str = ""  # folder of scenes; empty: no validation
-    validate_every: int = 500
-    checkpoint_minutes: float = 3.0
-    minutes: float = 0.0  # stop (resumable) after so many; 0: run to the last step
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine to 2 % of the peak."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def sample_quality(step: int, seed: int, batch: int, views: int, device: torch.device) -> Tensor:
-    """t [B, K] in [0, 1]: stratified over the batch; views of one scene differ."""
-    rng = np.random.default_rng((seed, step, 1))
-    strata = (rng.permutation(batch * views) + rng.random(batch * views)) / (batch * views)
-    return torch.from_numpy(strata.reshape(batch, views)).float().to(device)
-
-
-def loss_of(pictures: Tensor, decoded: Tensor, bits: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (6) per view, weighted by lambda^-1/4 so that no rate drowns the others. -> (loss, bpp, mse), means."""
-    bpp = bits / (pictures.shape[-1] * pictures.shape[-2])
-    mse = (decoded - pictures).square().mean(dim=(2, 3, 4))
-    lam = rate_distortion_lambda(t)
-    weight = (lam / rate_distortion_lambda(torch.full_like(t, 0.5))) ** -0.25
-    return (weight * (bpp + lam * 255**2 * mse)).mean(), bpp.mean(), mse.mean()
-
-
-class Ema:
-    """Exponential moving average of the weights, with a short memory at the start."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (step + 1) / (step + 10))
-        for name, value in model.state_dict().items():
-            self.shadow[name].lerp_(value, 1 - decay)
-
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """The model with averaged weights, inside the `with`."""
-        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(self.shadow)
-        try:
-            yield
-        finally:
-            model.load_state_dict(own)
-
-
-def save_whole(value: Any, path: Path) -> None:
-    """torch.save to a temporary file, then rename: a checkpoint is there whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    torch.save(value, temporary)
-    temporary.replace(path)
-
-
-def starting_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights to begin from: a run's checkpoint (its averages) or a released model file."""
-    if path.suffix == ".safetensors":
-        tensors, model_config, _ = read_model_file(path)
-        return model_config, {name: x.float() for name, x in tensors.items() if not name.startswith("tables.")}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return ModelConfig.from_dict(state["model_config"]), state["ema"]
-
-
 class Trainer:
-    """One run in one folder: checkpoint.pt, log.csv, validation.csv."""
+    """One run in one folder: checkpoint.pt, log.csv, validation.csv, curves.png."""
 
     def __init__(self, config: TrainConfig, progress: bool = True) -> None:
-        self.config, self.progress = config, progress
+        check(config)
+        self.device = own_device(config.device)
+        self.processes = Processes.join(self.device)
+        self.config, self.progress = config, progress and self.processes.first
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = torch.device(config.device)
         self.run = Path(config.run_dir)
         self.run.mkdir(parents=True, exist_ok=True)
-        self.scenes = load_scenes(Path(config.data), progress)
-        self.validation = load_scenes(Path(config.validation), progress) if config.validation else []
-        self.sampler = CropSampler(self.scenes, config.crop, config.seed)
+        self.scenes = load_scenes(Path(config.data), self.progress)
+        validates = bool(config.validation) and self.processes.first
+        self.validation = load_scenes(Path(config.validation), self.progress) if validates else []
+        sampler = CropSampler(self.scenes, config.crop, config.seed, config.jitter, config.synthetic)
+        self.batches = Batches(sampler, config, self.processes.rank, self.processes.world)
+        self.ahead: Iterator[tuple[Tensor, Tensor]] | None = None
         self.step = 0
         checkpoint = self.run / "checkpoint.pt"
         torch.manual_seed(config.seed)
@@ -161,6 +81,8 @@ class Trainer:
             self.ema.shadow = {k: v.to(self.device) for k, v in state["ema"].items()}
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
+        network = self.processes.wrap(self.model, self.device)
+        self.network: Callable[..., TrainingOutput] = torch.compile(network) if config.compile else network
 
     def _choose_parameters(self) -> None:
         """Let gradients reach what this stage trains, and nothing else."""
@@ -169,14 +91,12 @@ class Trainer:
             self.model.para_jd.requires_grad_(True)
             self.model.para_jd.fusions.requires_grad_(self.fuse)
             self.model.gain.log_inverse.requires_grad_(True)
-        elif self.config.stage == "single":
+        else:
             self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
             if self.model.refinement is not None:
                 self.model.refinement.requires_grad_(False)
                 self.model.refinement.look.requires_grad_(True)  # the part that needs no peers
                 self.model.refinement.clean_out.requires_grad_(True)
-        else:
-            raise UsageError(f"stage {self.config.stage!r} is none of single, joint, refine")
 
     def _groups(self) -> list[dict[str, Any]]:
         """The transforms start near an optimum: they move slower than the entropy model, the KLT layers slowest.
@@ -205,28 +125,26 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def views_at(self, step: int) -> int:
-        if self.config.stage == "single":
-            return 1
-        rng = np.random.default_rng((self.config.seed, step, 2))
-        return 1 if not self.fuse or rng.random() < 0.15 else int(rng.integers(2, self.config.max_views + 1))
-
     def train_step(self) -> dict[str, float]:
         """One update; depends on (seed, step) and the weights alone."""
-        config, step = self.config, self.step
-        torch.manual_seed(hash((config.seed, step)) & 0x7FFFFFFF)
-        views = self.views_at(step)
-        batch = max(1, config.batch // views)
-        pictures = self.sampler.batch(step, batch, views).to(self.device)
-        t = sample_quality(step, config.seed, batch, views, self.device)
+        config, step, processes = self.config, self.step, self.processes
+        if self.ahead is None:
+            self.ahead = self.batches.from_step(step)
+        pixels, quality = next(self.ahead)
+        pictures, t = pixels.to(self.device, non_blocking=True).float().div_(255), quality.to(self.device)
+        part = self.batches.part_at(step)
+        exact = processes.world > 1 and not config.compile  # compiled noise cannot be drawn for the whole batch
+        torch.manual_seed(hash((config.seed, step, 0 if exact else processes.rank)) & 0x7FFFFFFF)
         rate = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        with self.autocast():
-            out = self.model(pictures, t, joint=self.joint, fuse=self.fuse, rate=not self.joint)
-        loss, bpp, mse = loss_of(pictures, out.pictures, out.bits, t)
+        with self.autocast(), WholeBatchNoise(part) if exact else nullcontext():
+            out = self.network(pictures, t, joint=self.joint, fuse=self.fuse, rate=not self.joint)
+        # The mean over processes becomes the mean over the whole batch.
+        terms = torch.stack(loss_of(pictures, out.pictures, out.bits, t, config.distortion))
+        terms = terms * part.share * processes.world
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms[0].backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
         norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups]
         norm = torch.stack(norms).max()
@@ -234,12 +152,13 @@ class Trainer:
             self.optimizer.step()
         self.ema.update(self.model, step)
         self.step += 1
+        loss, bpp, mse = processes.mean(terms.detach()).tolist()
         return {
             "step": self.step,
-            "views": views,
-            "loss": loss.item(),
-            "bpp": bpp.item(),
-            "psnr": -10 * math.log10(max(mse.item(), 1e-12)),
+            "views": pictures.shape[1],
+            "loss": loss,
+            "bpp": bpp,
+            "psnr": -10 * math.log10(max(mse, 1e-12)),
             "norm": norm.item(),
             "lr": rate,
         }
@@ -277,6 +196,8 @@ class Trainer:
         return rows
 
     def save(self) -> None:
+        if not self.processes.first:
+            return
         save_whole(
             {
                 "model": self.model.state_dict(),
@@ -306,16 +227,29 @@ class Trainer:
                     bar.write("\n".join(format_validation(row) for row in rows))
                 now = time.monotonic()
                 if now - saved > 60 * self.config.checkpoint_minutes:
-                    self.save()
-                    append_rows(self.run / "log.csv", pending)
-                    pending.clear()
+                    self._keep(pending)
                     saved = now
-                if self.config.minutes and now - started > 60 * self.config.minutes:
+                if self._over(now - started):
                     break
         finally:
-            self.save()
-            append_rows(self.run / "log.csv", pending)
+            self._keep(pending)
             bar.close()
+            self.ahead = None
+
+    def _keep(self, pending: list[dict[str, float]]) -> None:
+        """Checkpoint, log and curves, as far as the run has come."""
+        self.save()
+        if self.processes.first:
+            append_rows(self.run / "log.csv", pending)
+            draw(self.run)
+        pending.clear()
+
+    def _over(self, seconds: float) -> bool:
+        """Whether the time is over by the clock of process 0; the others follow it, so that none waits for another."""
+        if not self.config.minutes:
+            return False
+        over = float(self.processes.first and seconds > 60 * self.config.minutes)
+        return bool(self.processes.mean(torch.tensor(over, device=self.device)) > 0)
 
 
 def format_validation(row: dict[str, float | str]) -> str:
@@ -325,24 +259,31 @@ def format_validation(row: dict[str, float | str]) -> str:
     )
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV, writing its header first if it is new."""
-    if not rows:
-        return
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def check(config: TrainConfig) -> None:
+    """UsageError for settings that cannot go together, before anything is loaded."""
+    if config.stage not in ("single", "joint"):
+        raise UsageError(f"stage {config.stage!r} is none of single, joint, refine")
+    if config.distortion not in DISTORTIONS:
+        raise UsageError(f"distortion {config.distortion!r} is none of {', '.join(DISTORTIONS)}")
+    if config.distortion == "ms-ssim" and config.crop < MS_SSIM_MIN_SIDE:
+        raise UsageError(f"MS-SSIM needs crops of at least {MS_SSIM_MIN_SIDE} pixels a side, not {config.crop}")
+    if config.compile and not config.device.startswith("cuda"):
+        raise UsageError("torch.compile is for CUDA; on the CPU it gains nothing here")
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
     """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path."""
+    if config.validation:
+        refuse_overlap(Path(config.data), Path(config.validation))
     if config.stage == "refine":
         from mvcodec.training.refinement import refine
 
-        return refine(config, progress)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("stage refine runs in one process; start it without torchrun")
+        checkpoint = refine(config, progress)
+        draw(checkpoint.parent)
+        return checkpoint
     trainer = Trainer(config, progress)
     trainer.fit()
+    trainer.processes.leave()
     return trainer.run / "checkpoint.pt"

@@ -25,8 +25,10 @@ from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement, see_through_peers
 from mvcodec.nn.alignment import align
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
+from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
+from mvcodec.training.config import TrainConfig, learning_rate
+from mvcodec.training.curves import append_rows
 from mvcodec.training.data import Picture, Scene, load_scenes
-from mvcodec.training.loop import Ema, TrainConfig, append_rows, learning_rate, save_whole, starting_weights
 
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
 CROP = 192  # of the examples kept

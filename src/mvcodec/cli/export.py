@@ -1,0 +1,45 @@
+"""`mvcodec export`: a training checkpoint -> a model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mvcodec.cli.report import Report, reporting
+from mvcodec.errors import UsageError
+
+
+@click.command(short_help="Make a model file of a training checkpoint.")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.safetensors",
+    help="Default: the profile's name, beside the checkpoint.",
+)
+@click.option("--card", is_flag=True, help="Also write what is known of the model, as FILE.md.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite.")
+@reporting
+def export(report: Report, checkpoint: Path, output: Path | None, card: bool, force: bool) -> None:
+    """Make a model file of CHECKPOINT, with its averaged weights, for `--model` or the folder $MVCODEC_MODELS."""
+    from mvcodec.training.export import describe, export_checkpoint, read_checkpoint
+
+    state = read_checkpoint(checkpoint)
+    target = output or checkpoint.with_name(f"{state['model_config']['profile']}.safetensors")
+    if target.suffix != ".safetensors":
+        raise UsageError(f"{target}: a model file ends in .safetensors")
+    written = [target, *([target.with_suffix(".md")] if card else [])]
+    if (there := [path for path in written if path.exists()]) and not force:
+        raise UsageError(f"{there[0]}: exists; say --force to overwrite it")
+    identity = export_checkpoint(checkpoint, target)
+    if card:
+        describe(checkpoint, target, identity)
+    record = {
+        "weights": str(target),
+        "model_id": identity.hex(),
+        "steps": state["step"],
+        "bytes": target.stat().st_size,
+    }
+    report.result(record, f"{target}: model {identity.hex()}, {record['bytes'] / 1e6:.1f} MB, {state['step']} steps")

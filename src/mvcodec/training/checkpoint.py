@@ -1,0 +1,54 @@
+"""What a run leaves behind and what it can begin from: averaged weights, whole files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvcodec.files import atomic
+from mvcodec.parahydra import ModelConfig
+from mvcodec.weights import read_model_file
+
+
+class Ema:
+    """Exponential moving average of the weights, with a short memory at the start."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for name, value in model.state_dict().items():
+            self.shadow[name].lerp_(value, 1 - decay)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """The model with averaged weights, inside the `with`."""
+        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(self.shadow)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+
+def save_whole(value: Any, path: Path) -> None:
+    """torch.save, whole or not at all."""
+    with atomic(path) as file:
+        torch.save(value, file)
+
+
+def starting_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights to begin from: a run's checkpoint (its averages) or a released model file."""
+    if path.suffix == ".safetensors":
+        tensors, model_config, _ = read_model_file(path)
+        return model_config, {name: x.float() for name, x in tensors.items() if not name.startswith("tables.")}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return ModelConfig.from_dict(state["model_config"]), state["ema"]
