@@ -34,6 +34,7 @@ def encode(
     timestamp_us: int | None = None,
     alpha: Literal["refuse", "drop", "white", "black"] = "refuse",
     max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
     model: Weights = None,
     device: str = "auto",
 ) -> bytes:
@@ -44,6 +45,7 @@ def encode(
     camera_id, frame, timestamp_us: where and when. Of a file, what is not given is taken from its name, as
         `mvcodec.frames.name_of` reads it; an array has none.
     alpha, max_pixels: see `mvcodec.images.read`; for files only.
+    max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
     """
     if isinstance(picture, str | os.PathLike):
         name = name_of(Path(picture).absolute())
@@ -58,6 +60,7 @@ def encode(
         camera_id=camera_id or "",
         frame=frame,
         timestamp_us=timestamp_us,
+        max_memory=max_memory,
     )
 
 
@@ -71,6 +74,7 @@ def decode_set(
     *,
     joint: bool = True,
     partial: bool = False,
+    max_memory: int | None = None,
     model: Weights = None,
     device: str = "auto",
     on_failure: OnFailure | None = None,
@@ -78,6 +82,7 @@ def decode_set(
     """The .phv files of one instant, in any order -> their pictures, sorted by camera id.
 
     joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
+    max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
     model: None finds the weights that the files name.
     on_failure: see `mvcodec.codec.decode_set`.
     """
@@ -85,7 +90,7 @@ def decode_set(
     if not streams:
         raise UsageError("there are no files to decode")
     loaded = model_for(streams[0].header, model, device)
-    return codec.decode_set(loaded, streams, joint=joint, on_failure=on_failure)
+    return codec.decode_set(loaded, streams, joint=joint, on_failure=on_failure, max_memory=max_memory)
 
 
 def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:

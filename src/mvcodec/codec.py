@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
@@ -17,6 +18,7 @@ from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
+from mvcodec.tiling import pixels_at_once, tiled
 from mvcodec.weights import Model
 
 OnFailure = Callable[[Header, MvcodecError], None]
@@ -53,9 +55,15 @@ def encode_image(
     camera_id: str = "",
     frame: int | None = None,
     timestamp_us: int | None = None,
+    max_memory: int | None = None,
 ) -> bytes:
-    """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better."""
-    view = encode_view(model, image, quality, camera_id=camera_id, frame=frame, timestamp_us=timestamp_us)
+    """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better.
+
+    max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
+    """
+    view = encode_view(
+        model, image, quality, camera_id=camera_id, frame=frame, timestamp_us=timestamp_us, max_memory=max_memory
+    )
     return view.data
 
 
@@ -69,6 +77,7 @@ def encode_view(
     frame: int | None = None,
     timestamp_us: int | None = None,
     estimate: bool = False,
+    max_memory: int | None = None,
 ) -> EncodedView:
     """`encode_image`, with the decoder's latents and, if asked, the estimate of the file's bits. Eq. (1)-(4)."""
     if not 0 <= quality <= 100:
@@ -76,9 +85,14 @@ def encode_view(
     quality = round(quality * 100) / 100  # as the header stores it
     net = model.net
     basis = hat_basis(torch.tensor([quality / 100], device=model.device), net.config.quality_knots)
-    x = _pad(to_tensor(image).to(model.device))  # [1, 3, H, W], multiples of 64
-    with _autocast(model):
-        y = net.g_a(x, basis)  # [1, M, H/16, W/16]
+
+    def analyse(part: Tensor, views: slice) -> Tensor:
+        with _autocast(model):
+            return net.g_a(to_unit(to_device(part, model.device)), basis)
+
+    x = samples(image)  # [1, 3, H, W] integers, multiples of 64
+    most = pixels_at_once("encode", net.config.transform, x[0, 0].numel(), max_memory)
+    y = tiled(net.g_a, analyse, x, most)  # [1, M, H/16, W/16]
     y = y.float() * net.gain.gain(basis)
     z = net.h_a(y)  # [1, N, H/64, W/64]
     latents = encode_latents(model, y, z, quality / 100, estimate)
@@ -109,12 +123,14 @@ def decode_set(
     refine: bool = True,
     partial: bool = False,
     on_failure: OnFailure | None = None,
+    max_memory: int | None = None,
 ) -> list[DecodedView]:
     """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
 
     joint=False decodes each view alone. refine=False leaves out the pixel-aligned third stage.
     partial=True accepts damaged files as far as they are intact. on_failure is told of each view whose integers
     cannot be had, and the others are decoded without it; where it is None the first such view raises.
+    max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
     """
     streams = [s if isinstance(s, Stream) else unpack(s, partial=partial) for s in files]
     if not streams:
@@ -133,7 +149,8 @@ def decode_set(
     decoded: list[tuple[Tensor, Stream]] = []
     for stream in streams:
         try:
-            decoded.append(decode_intact(model, stream))
+            y_hat, used = decode_intact(model, stream)
+            decoded.append((y_hat.float(), used))
         except MvcodecError as error:
             if on_failure is None:
                 raise
@@ -143,7 +160,7 @@ def decode_set(
     streams = [stream for _, stream in decoded]
     latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
     qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
-    pictures = reconstruct(model, latents, qualities, joint, refine)
+    pictures = reconstruct(model, latents, qualities, joint, refine, max_memory)
     ids = [s.header.camera_id for s in streams]
     return [
         DecodedView(
@@ -158,30 +175,60 @@ def decode_set(
 
 @torch.inference_mode()
 def reconstruct(
-    model: Model, latents: Sequence[Tensor], qualities: Tensor, joint: bool = True, refine: bool = True
+    model: Model,
+    latents: Sequence[Tensor],
+    qualities: Tensor,
+    joint: bool = True,
+    refine: bool = True,
+    max_memory: int | None = None,
 ) -> list[Tensor]:
     """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
     scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis, strict=True)]
-    sizes = [y.shape[2:] for y in scaled]
-    if joint:
-        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-        views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in scaled]
-        groups = [(torch.stack(views, dim=1), basis[None], qualities)]  # [1, K, M, h, w]
-    else:
-        groups = [(y[None], b[None, None], q[None]) for y, b, q in zip(scaled, basis, qualities, strict=True)]
-    decoded: list[Tensor] = []
-    for y, b, q in groups:
-        with _autocast(model):
-            pictures = net.para_jd(y, b, joint, model.fuses)[0].float().clamp(0, 1)  # [K, 3, H, W]
-            if refine and net.refinement is not None:
-                pictures = net.refinement(pictures, q, peers=joint).pictures
-        decoded.extend(pictures)
-    return [
-        picture[:, : LATENT_STRIDE * height, : LATENT_STRIDE * width]
-        for picture, (height, width) in zip(decoded, sizes, strict=True)
-    ]
+    sizes = [(y.shape[2], y.shape[3]) for y in scaled]
+    groups = [list(range(len(sizes)))] if joint else _of_one_size(sizes)
+    decoded: list[Tensor] = [torch.empty(0)] * len(sizes)
+    for group in groups:
+        height, width = (max(sizes[k][axis] for k in group) for axis in (0, 1))
+        views = [scaled[k] for k in group]
+        views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in views]
+        pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, refine, max_memory)
+        for k, picture in zip(group, pictures, strict=True):
+            decoded[k] = picture[:, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
+    return decoded
+
+
+def _of_one_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The views of each size: they are computed in one batch."""
+    return [[k for k, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
+
+
+def _synthesise(
+    model: Model, y: Tensor, basis: Tensor, qualities: Tensor, joint: bool, refine: bool, max_memory: int | None
+) -> Tensor:
+    """y [K, M, h, w], gain undone -> pictures [K, 3, 16 h, 16 w] in [0, 1]."""
+    net, views = model.net, len(y)
+    pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
+    # On a CPU a batch is no faster than its views one by one, which stay in the cache.
+    together = joint and refine and views > 1 and net.refinement is not None
+    task = "joint" if together else "decode"
+    most = pixels_at_once(task, net.config.transform, views * pixels, max_memory)
+    most = min(most, pixels) if model.device.type == "cpu" else most
+
+    def in_tiles(stage: nn.Module, x: Tensor, quality: Tensor) -> Tensor:
+        area = x.shape[2] * x.shape[3]
+        return tiled(stage, lambda part, views: stage(part, quality[views]), x, most * area // pixels)
+
+    with _autocast(model):
+        pictures = net.para_jd(y[None], basis[None], joint, model.fuses, in_tiles)[0].float().clamp_(0, 1)
+        refinement = net.refinement
+        if refinement is None or not refine:
+            return pictures
+        if together:
+            return refinement(pictures, qualities).pictures
+        clean = tiled(refinement, lambda part, views: refinement.clean(part, qualities[views])[0], pictures, most)
+    return clean.float().clamp_(0, 1)
 
 
 def check_model(model: Model, header: Header) -> None:
@@ -193,13 +240,27 @@ def check_model(model: Model, header: Header) -> None:
         )
 
 
-def to_tensor(image: Image) -> Tensor:
-    """[H, W, 3] or [H, W] uint8 / uint16 -> [1, 3, H, W] float32 in [0, 1]; grey is repeated."""
-    peak = 255.0 if image.depth == 8 else 65535.0
-    pixels = torch.from_numpy(image.pixels.astype(np.float32)) / peak
-    if pixels.ndim == 2:
-        pixels = pixels[..., None].expand(-1, -1, 3)
-    return pixels.permute(2, 0, 1)[None].contiguous()
+def samples(image: Image) -> Tensor:
+    """[H, W, 3] or [H, W] -> its integers [1, 3, H', W'], replicated right and bottom to multiples of 64; grey thrice.
+
+    A view wherever it can be, channels last: the picture is never held as floats but tile by tile.
+    """
+    below, right = -image.height % PAD_MULTIPLE, -image.width % PAD_MULTIPLE
+    pixels: NDArray[Any] = image.pixels
+    if below or right:
+        pixels = np.pad(pixels, ((0, below), (0, right), (0, 0))[: pixels.ndim], mode="edge")
+    x = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # torch knows no read-only tensors
+    return x.permute(2, 0, 1)[None] if x.ndim == 3 else x.expand(1, 3, -1, -1)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Samples uint8 or uint16 -> float32 in [0, 1]."""
+    return x.float().div_(255 if x.dtype == torch.uint8 else 65535)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """To a GPU through pinned memory, so that the copy runs while the next work is being issued."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def to_image(picture: Tensor, header: Header) -> Image:
@@ -207,16 +268,9 @@ def to_image(picture: Tensor, header: Header) -> Image:
     pixels = picture[:, : header.height, : header.width]
     if header.colour == "grey":
         pixels = pixels.mean(dim=0, keepdim=True)
-    peak, dtype = (255, np.uint8) if header.depth == 8 else (65535, np.uint16)
-    array = (pixels * peak).round().to(torch.int32).cpu().numpy().astype(dtype)
-    array = array[0] if header.colour == "grey" else array.transpose(1, 2, 0)
-    return Image(np.ascontiguousarray(array), header.icc, header.exif)
-
-
-def _pad(x: Tensor) -> Tensor:
-    """Replicate right and bottom to multiples of 64."""
-    height, width = x.shape[2:]
-    return F.pad(x, (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
+    peak, dtype = (255, torch.uint8) if header.depth == 8 else (65535, torch.uint16)
+    array = (pixels * peak).round_().to(dtype).permute(1, 2, 0).contiguous().cpu().numpy()
+    return Image(array[..., 0] if header.colour == "grey" else array, header.icc, header.exif)
 
 
 def _autocast(model: Model) -> torch.autocast:

@@ -19,7 +19,7 @@ from mvcodec.weights import Model
 OTHER = "other"
 MODULES = {"g_a": "g_a", "h_a": "h_a", "h_s": "h_s", "para_em": "Para-EM", "para_jd": "Para-JD", "refinement": "refine"}
 FUNCTIONS = [
-    (codec, "to_tensor", "to tensor"),
+    (codec, "to_unit", "to tensor"),
     (codec, "to_image", "to picture"),
     (codec, "pack", "container"),
     (codec, "unpack", "parse"),

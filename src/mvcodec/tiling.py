@@ -17,15 +17,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mvcodec.errors import UsageError
+
 # stage(x [B, C, h, w], views): B views of the batch, all of them or a part, whole or a tile.
 Stage = Callable[[Tensor, slice], Tensor]
 PROBE = 64  # pixels: the least size that every stage takes
-SMALLEST = 64  # a tile's side where even this is over the budget
+SMALLEST = 512  # pixels: side of the least tile, its surroundings included
+USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in one piece, about 1.2 GB for `fast`
+
+# Bytes, as `python benchmarks/growth.py` measures them (see docs/performance.md); rounded up.
+PROGRAM = 1_000_000_000  # Python, torch and the weights
+WORKING = {"klt": 130, "paper": 450}  # per pixel that a transform is at work on
+HELD = {"encode": 150, "decode": 150, "joint": 300}  # per pixel of all pictures: what cannot be tiled
+
+
+def pixels_at_once(task: str, transform: str, pixels: int, max_memory: int | None) -> int:
+    """How many pixels a transform may work on at a time, of `pixels` in all views, to stay within so many bytes.
+
+    Without a budget always the same number, so that a picture gives the same file wherever there is memory enough.
+    Raises UsageError where what cannot be tiled is over the budget already.
+    """
+    if max_memory is None:
+        return USUAL
+    held = PROGRAM + HELD[task] * pixels
+    most = (max_memory - held) // WORKING[transform]
+    if most < SMALLEST**2:
+        needed = (held + WORKING[transform] * SMALLEST**2) / 1e9
+        raise UsageError(
+            f"{pixels / 1e6:.1f} megapixels need {needed:.1f}G of memory, --max-memory is {max_memory / 1e9:.1f}G"
+        )
+    return most
 
 
 class Footprint(NamedTuple):
@@ -45,7 +72,7 @@ def footprint(module: nn.Module, run: Stage, probe: Tensor) -> Footprint:
     size = probe.shape[-1]
     reach, grid = 0.0, 1.0
 
-    def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def see(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal reach, grid
         spacing = size / inputs[0].shape[-1]  # positions of the stage's input per position of the layer's
         radius = (layer.kernel_size[0] - 1) / 2
@@ -64,49 +91,43 @@ def footprint(module: nn.Module, run: Stage, probe: Tensor) -> Footprint:
 
 
 def tiled(module: nn.Module, run: Stage, x: Tensor, most: int) -> Tensor:
-    """The stage `run` of x [B, C, H, W], at most `most` input positions at a time -> its output, float32.
+    """The stage `run` of x [B, C, H, W], at most `most` input positions at a time -> its output.
 
     `run` applies `module`. What fits is done in one piece; else view by view, and where one does not fit, in tiles.
     """
     batch, _, height, width = x.shape
     if height * width <= most:
         group = most // (height * width)
-        parts = [run(x[k : k + group], slice(k, k + group)).float() for k in range(0, batch, group)]
+        parts = [run(x[k : k + group], slice(k, k + group)) for k in range(0, batch, group)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     seen = footprint(module, run, x[:1, :, :PROBE, :PROBE])
-    side = max(math.isqrt(most) - 2 * seen.reach, SMALLEST) // seen.grid * seen.grid
+    side = max(math.isqrt(most) - 2 * seen.reach, seen.reach, seen.grid) // seen.grid * seen.grid
     whole: Tensor | None = None
-    for view in range(batch):
-        for rows in _spans(height, side, seen.reach):
-            for columns in _spans(width, side, seen.reach):
-                part = run(
-                    x[view : view + 1, :, rows.first : rows.last, columns.first : columns.last], slice(view, view + 1)
-                )
-                ratio = part.shape[-1] / (columns.last - columns.first)  # of the output's resolution to the input's
-                if whole is None:
-                    shape = (batch, part.shape[1], round(height * ratio), round(width * ratio))
-                    whole = torch.empty(shape, dtype=torch.float32, device=part.device)
-                whole[(view, slice(None), *(_scaled(s, ratio) for s in (rows.kept, columns.kept)))] = part[
-                    (0, slice(None), *(_scaled(s, ratio) for s in (rows.inside, columns.inside)))
-                ]
+    for view, rows, columns in product(range(batch), _spans(height, side, seen), _spans(width, side, seen)):
+        part = run(x[view : view + 1, :, rows.seen, columns.seen], slice(view, view + 1))
+        ratio = part.shape[-1] / (columns.seen.stop - columns.seen.start)  # of the output's resolution to the input's
+        if whole is None:
+            shape = (batch, part.shape[1], round(height * ratio), round(width * ratio))
+            whole = torch.empty(shape, dtype=part.dtype, device=part.device)
+        inside = part[0, :, _scaled(rows.inside, ratio), _scaled(columns.inside, ratio)]
+        whole[view, :, _scaled(rows.kept, ratio), _scaled(columns.kept, ratio)] = inside
     assert whole is not None
     return whole
 
 
 class _Span(NamedTuple):
-    """Along one side: what is looked at, first .. last, and what of it is kept, in the whole and in the part."""
+    """One tile along one side."""
 
-    first: int
-    last: int
-    kept: slice
-    inside: slice
+    seen: slice  # of the input
+    kept: slice  # of the input, without its surroundings
+    inside: slice  # the same, counted from where `seen` begins
 
 
-def _spans(length: int, tile: int, reach: int) -> Iterator[_Span]:
+def _spans(length: int, tile: int, footprint: Footprint) -> Iterator[_Span]:
     for start in range(0, length, tile):
         end = min(start + tile, length)
-        first, last = max(start - reach, 0), min(end + reach, length)
-        yield _Span(first, last, slice(start, end), slice(start - first, end - first))
+        first, last = max(start - footprint.reach, 0), min(end + footprint.reach, length)
+        yield _Span(slice(first, last), slice(start, end), slice(start - first, end - first))
 
 
 def _scaled(part: slice, ratio: float) -> slice:

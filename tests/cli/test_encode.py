@@ -140,3 +140,25 @@ def test_the_python_interface_writes_the_same_bytes(cli: Cli, scene: Path) -> No
     by_array = mvcodec.encode(pixels, quality=62.5, camera_id="C2", frame=1)
     assert by_array == Path("a.phv").read_bytes()
     assert mvcodec.info(by_array)["camera_id"] == "C2"
+
+
+def test_pictures_read_ahead_give_the_same_files_and_the_same_errors(cli: Cli, scene: Path) -> None:
+    (scene / "C1/00000001.png").write_bytes(b"no picture")
+    outcome = cli("encode", scene, "-o", "together", "--json")
+    assert outcome.code == 6
+    assert [record.get("exit_code", 0) for record in outcome.records] == [0, 3, 0, 0]
+    for path in Path("together").rglob("*.phv"):
+        picture = scene / path.relative_to("together").with_suffix(".png")
+        assert cli("encode", picture, "-o", "alone.phv", "-f").code == 0
+        assert Path("alone.phv").read_bytes() == path.read_bytes()
+
+
+def test_memory_that_cannot_suffice_is_refused(cli: Cli, scene: Path) -> None:
+    picture = scene / "C1/00000000.png"
+    outcome = cli("encode", picture, "-o", "a.phv", "--max-memory", "100M")
+    assert outcome.code == 2
+    assert "--max-memory is 0.1G" in outcome.err
+    assert cli("encode", picture, "-o", "a.phv", "--max-memory", "much").code == 2
+    assert cli("encode", picture, "-o", "a.phv", "--max-memory", "4G").code == 0
+    assert cli("decode", "a.phv", "-o", "a.png", "--max-memory", "100M").code == 2
+    assert cli("decode", "a.phv", "-o", "a.png", "--max-memory", "4G").code == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mvcodec.codec import encode_image, to_tensor
+from mvcodec.codec import encode_image, samples, to_unit
 from mvcodec.container import Header, Stream, pack
 from mvcodec.images import Image
 from mvcodec.latents import HYPER_STRIDE, LATENT_STRIDE, MU_GRID, EncodedLatents, encode_latents
@@ -87,7 +87,7 @@ def picture_margin(model: Model) -> float:
     """Distance of the picture's y - mu and z to the nearest rounding tie."""
     with torch.inference_mode():
         basis = hat_basis(torch.tensor([QUALITY / 100]), model.net.config.quality_knots)
-        y = model.net.g_a(to_tensor(drawn_picture()), basis) * model.net.gain.gain(basis)
+        y = model.net.g_a(to_unit(samples(drawn_picture())), basis) * model.net.gain.gain(basis)
         z = model.net.h_a(y)
         y_hat = encode_latents(model, y, z, QUALITY / 100).y_hat
     error = (y - y_hat).abs()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mvcodec import container
-from mvcodec.cli.report import Report, reporting, running
+from mvcodec.cli.report import Report, reporting, running, within_memory
 from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
 from mvcodec.errors import BitstreamError, MvcodecError, PictureError, UsageError
 from mvcodec.frames import MAX_PIXELS, STREAM_SUFFIX, Instant, Source, instants, safe_path
@@ -68,6 +68,7 @@ class Received:
     show_default=True,
     help="Refuse files of larger pictures before anything is allocated.",
 )
+@within_memory
 @running
 @reporting
 def decode(
@@ -83,6 +84,7 @@ def decode(
     partial: bool,
     window_us: int,
     max_pixels: int,
+    max_memory: int | None,
     model: str | None,
     device: str,
 ) -> None:
@@ -129,7 +131,7 @@ def decode(
             report.note(f"{instant}: without {', '.join(sorted(absent))}")
         with report.file(name):
             started = time.perf_counter()
-            decoded = _decode(report, members, require, preview, partial, model, device)
+            decoded = _decode(report, members, require, preview, partial, max_memory, model, device)
             seconds = time.perf_counter() - started
             report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
             for view in todo:
@@ -168,6 +170,7 @@ def _decode(
     require: int | None,
     preview: bool,
     partial: bool,
+    max_memory: int | None,
     model: str | None,
     device: str,
 ) -> dict[int, DecodedView]:
@@ -195,7 +198,9 @@ def _decode(
         streams = [stream for _, stream in intact if stream.header.model_id == model_id]
         names = ", ".join(owner[id(stream.header)].name for stream in streams)
         with report.file(names):
-            decoded += api.decode_set(streams, joint=not preview, model=model, device=device, on_failure=failed)
+            decoded += api.decode_set(
+                streams, joint=not preview, max_memory=max_memory, model=model, device=device, on_failure=failed
+            )
     if require and len(decoded) < require:
         raise MvcodecError(f"{len(decoded)} of the {require} views required")
     return {id(owner[id(view.header)]): view for view in decoded}

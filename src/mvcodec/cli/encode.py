@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from mvcodec.cli.report import Report, reporting, running, size_in_bytes
+from mvcodec.cli.ahead import ahead
+from mvcodec.cli.report import Report, reporting, running, size_in_bytes, within_memory
 from mvcodec.cli.targets import STDIN, Targets, label, placing, read, sources
 from mvcodec.errors import UsageError
 from mvcodec.frames import AUTO, MAX_PIXELS, PICTURE_SUFFIXES, STREAM_SUFFIX, Source, ViewName, name_of
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Refuse larger pictures before anything is allocated.",
 )
+@within_memory
 @running
 @reporting
 def encode(
@@ -83,6 +86,7 @@ def encode(
     alpha: Alpha,
     strip: bool,
     max_pixels: int,
+    max_memory: int | None,
     model: str | None,
     device: str,
 ) -> None:
@@ -112,14 +116,17 @@ def encode(
     weights = api.load_model(model, device)
     report.detail(f"model {weights.name} {weights.id.hex()} on {weights.device}")
 
-    def encode_one(source: Source, view: ViewName, path: Path) -> None:
-        started = time.perf_counter()
+    def load(source: Source) -> images.Image:
         image = images.read(read(source), alpha=alpha, max_pixels=max_pixels)
-        image = image.without_metadata() if strip else image
+        return image.without_metadata() if strip else image
+
+    def encode_one(wait: Callable[[], images.Image], source: Source, view: ViewName, path: Path) -> None:
+        started = time.perf_counter()
+        image = wait()
         pixels = image.width * image.height
 
         def at(quality: float) -> bytes:
-            return codec.encode_image(weights, image, quality, **view._asdict())
+            return codec.encode_image(weights, image, quality, **view._asdict(), max_memory=max_memory)
 
         budget = target_size if target_bpp is None else int(target_bpp * pixels / 8)
         data, used = (at(quality), quality) if budget is None else encode_within(at, budget)
@@ -140,12 +147,16 @@ def encode(
         text = f"{label(path)}: {len(data)} bytes, {record['bpp']:.3f} bpp, quality {used:g}, {seconds:.2f} s"
         report.result(record, f"{label(source.path)} -> {text}", err=True)
 
-    for source, view, path in report.progress(list(zip(given, views, paths, strict=True)), "encode"):
+    todo = []
+    for source, view, path in zip(given, views, paths, strict=True):
         if targets.skips(path):
             report.skipped(label(source.path), path)
-            continue
+        else:
+            todo.append((source, view, path))
+    pictures = ahead(load, [source for source, _, _ in todo])
+    for wait, (source, view, path) in zip(pictures, report.progress(todo, "encode"), strict=True):
         with report.file(label(source.path)):
-            encode_one(source, view, path)
+            encode_one(wait, source, view, path)
     report.finish()
 
 

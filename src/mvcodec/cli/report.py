@@ -138,14 +138,24 @@ def _check_device(ctx: click.Context, option: click.Parameter, value: str) -> st
 
 
 def size_in_bytes(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """Bytes from 50000, 50k or 1.5M (powers of 1000)."""
+    """Bytes from 50000, 50k, 1.5M or 4G (powers of 1000)."""
     if value is None:
         return None
-    number, factor = (value[:-1], {"k": 1e3, "m": 1e6}[value[-1].lower()]) if value[-1:] in "kKmM" else (value, 1)
+    factor = {"k": 1e3, "m": 1e6, "g": 1e9}.get(value[-1:].lower())
     try:
-        size = int(float(number) * factor)
+        size = int(float(value[:-1] if factor else value) * (factor or 1))
     except (ValueError, OverflowError):
         size = 0
     if size <= 0:
-        raise UsageError(f"--target-size {value}: use a number of bytes such as 50000, 50k or 1.5M")
+        raise UsageError(f"{option.opts[0]} {value}: use a number of bytes such as 50000, 50k or 1.5M")
     return size
+
+
+def within_memory(command: F) -> F:
+    """Adds --max-memory."""
+    return click.option(
+        "--max-memory",
+        metavar="BYTES",
+        callback=size_in_bytes,
+        help="Stay within so many bytes (512M, 4G), in tiles where pictures are large; refuse what cannot.",
+    )(command)

@@ -8,6 +8,7 @@ an untrained joint decoder is K separate decoders.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from mvcodec.nn.parallax_attention import SourceFeatures
 from mvcodec.nn.pmifm import ParallaxFusion
+
+RunStage = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def fuse_views(fusion: ParallaxFusion, x: Tensor) -> Tensor:
@@ -49,11 +52,14 @@ class ParaJD(nn.Module):
             pairs = zip(channels, widths, strict=True)
             self.fusions.extend(ParallaxFusion(c, w, mode, initial_gain=0.0) for c, w in pairs)
 
-    def forward(self, y_hat: Tensor, quality: Tensor, joint: bool = True, fuse: bool = True) -> Tensor:
+    def forward(
+        self, y_hat: Tensor, quality: Tensor, joint: bool = True, fuse: bool = True, run: RunStage | None = None
+    ) -> Tensor:
         """y_hat [B, K, M, h, w] (gain undone), quality [B, K, knots] -> x_hat [B, K, 3, H, W], not clamped.
 
         joint=False decodes each view as if it were alone (K = 1): what `--preview` and the separate figures use.
         fuse=False skips the fusions, which change nothing while their gains are zero (first training stage).
+        run: how a stage is applied to [B K, ...] maps and their qualities, if not in one piece.
         """
         batch, views = y_hat.shape[:2]
         flat_quality = quality.flatten(0, 1)
@@ -62,5 +68,6 @@ class ParaJD(nn.Module):
             if self.fusions and fuse:
                 grouped = x if joint else x.flatten(0, 1)[:, None]
                 x = fuse_views(cast(ParallaxFusion, self.fusions[index]), grouped).reshape(x.shape)
-            x = stage(x.flatten(0, 1), flat_quality).unflatten(0, (batch, views))
+            flat = x.flatten(0, 1)
+            x = (run(stage, flat, flat_quality) if run else stage(flat, flat_quality)).unflatten(0, (batch, views))
         return x
