@@ -28,7 +28,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_carries_code_weights_and_example(installed: Path) -> None:
     package = installed / "mvcodec"
-    for folder, beside in (("models", ROOT / "models"), ("examples/nineveh", ROOT / "examples/nineveh")):
+    for folder, beside in (
+        ("models", ROOT / "models"),
+        ("examples/nineveh", ROOT / "examples/nineveh"),
+        ("configs", ROOT / "configs"),
+    ):
         names = sorted(path.name for path in beside.iterdir())
         assert names
         assert sorted(path.name for path in (package / folder).iterdir()) == names

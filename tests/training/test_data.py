@@ -1,13 +1,17 @@
 """Scenes, their global shifts, and crops that show the same place."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mvcodec.errors import PictureError, UsageError
-from mvcodec.training.data import centre_crops, find_scenes, global_shift, load_scenes
+from mvcodec.training import data
+from mvcodec.training.data import centre_crops, find_scenes, global_shift, load_scenes, refuse_overlap
 from mvcodec.training.sampling import CropSampler, Part
 from tests.training.conftest import SHIFT
 
@@ -37,6 +41,38 @@ def test_global_shift_takes_a_point_of_the_reference_to_the_other():
     reference, other = blocks[:256, :320], blocks[16:272, 24:344]
     assert global_shift(reference, other) == (-16, -24)
     assert global_shift(reference, reference) == (0, 0)
+
+
+def test_shifts_are_found_once_and_again_when_a_file_changes(scenes_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes_folder, folder)
+    searches: list[str] = []
+    monkeypatch.setattr(data, "global_shift", lambda *views: searches.append("") or global_shift(*views))
+    first = load_scenes(folder)
+    assert len(searches) == 2
+    assert [scene.shifts for scene in load_scenes(folder)] == [scene.shifts for scene in first]
+    assert len(searches) == 2
+    os.utime(folder / "scene1" / "view1.png", ns=(0, 0))
+    load_scenes(folder)
+    assert len(searches) == 3
+    (cache,) = (tmp_path / "cache").rglob("*.json")
+    cache.write_text("spoilt")
+    assert load_scenes(folder)[0].shifts == first[0].shifts
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"view0.png", "view1.png"}
+
+
+def test_validation_on_training_pictures_is_refused(scenes_folder, tmp_path):
+    apart = tmp_path / "apart" / "scene"
+    apart.mkdir(parents=True)
+    Image.fromarray(noise(5, 70, 70, 3)).save(apart / "view.png")
+    refuse_overlap(scenes_folder, apart.parent)
+    for validation in (scenes_folder, scenes_folder / "scene1", scenes_folder.parent):
+        with pytest.raises(UsageError, match="is also a training picture"):
+            refuse_overlap(scenes_folder, validation)
+    shutil.copy(scenes_folder / "scene1" / "view0.png", apart / "copy.png")
+    with pytest.raises(UsageError, match=r"copy\.png: is also a training picture"):
+        refuse_overlap(scenes_folder, apart.parent)
 
 
 def test_crops_of_a_set_show_the_same_place(scenes_folder):

@@ -9,6 +9,7 @@ import torch
 from mvcodec.errors import UsageError
 from mvcodec.nn.gain import rate_distortion_lambda
 from mvcodec.training.config import TrainConfig, learning_rate
+from mvcodec.training.curves import append_rows, draw
 from mvcodec.training.loop import Trainer, train
 
 
@@ -102,6 +103,45 @@ def test_rate_warms_up_and_decays(config):
     assert rates[-1] < 3e-5
 
 
-def test_an_unknown_stage_is_refused(config):
-    with pytest.raises(UsageError, match="none of single, joint, refine"):
-        Trainer(replace(config, stage="both"), progress=False)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": "both"}, "none of single, joint, refine"),
+        ({"distortion": "vmaf"}, "none of mse, ms-ssim"),
+        ({"distortion": "ms-ssim"}, "at least 161 pixels a side, not 64"),
+        ({"compile": True}, "torch.compile is for CUDA"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(config, settings, message):
+    with pytest.raises(UsageError, match=message):
+        Trainer(replace(config, **settings), progress=False)
+
+
+def test_validation_on_the_training_data_is_refused(config):
+    with pytest.raises(UsageError, match="is also a training picture"):
+        train(replace(config, validation=config.data), progress=False)
+
+
+def test_a_checkpoint_of_before_is_gone_on_from(config):
+    """What ran before there were jitter, synthetic views or workers resumes."""
+    trainer = Trainer(config, progress=False)
+    trainer.train_step()
+    trainer.save()
+    file = trainer.run / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    for name in ("distortion", "jitter", "synthetic", "workers", "compile"):
+        del state["train_config"][name]
+    torch.save(state, file)
+    assert Trainer(config, progress=False).step == 1
+
+
+def test_curves_are_drawn_from_the_logs(tmp_path):
+    draw(tmp_path)
+    assert not list(tmp_path.iterdir())
+    append_rows(tmp_path / "log.csv", [{"step": step, "loss": 1 / step} for step in range(1, 120)])
+    draw(tmp_path)
+    before = (tmp_path / "curves.png").read_bytes()
+    row = {"step": 100, "bpp": 0.5, "psnr_joint": 30.0}
+    append_rows(tmp_path / "validation.csv", [{**row, "quality": q, "bpp": q + 0.1} for q in (0, 1)])
+    draw(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() != before

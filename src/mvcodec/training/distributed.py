@@ -59,6 +59,11 @@ class Processes:
             dist.all_reduce(values)
         return values / self.world
 
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
     def leave(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -20,12 +21,13 @@ ABOUT = ("stage", "batch", "crop", "seed")  # what of the run's settings the mod
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """What a run wrote; ModelError if it is something else."""
     try:
-        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if {"ema", "step", "model_config", "train_config"} <= state.keys():
-            return state
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        # torch.save writes a zip file; of anything else torch.load makes errors of many kinds.
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True) if is_zipfile(checkpoint) else None
+    except (pickle.UnpicklingError, RuntimeError) as error:
         raise ModelError(f"{checkpoint} is not a readable checkpoint: {error}") from error
-    raise ModelError(f"{checkpoint} is not a checkpoint of mvcodec train")
+    if not isinstance(state, dict) or not {"ema", "step", "model_config", "train_config"} <= state.keys():
+        raise ModelError(f"{checkpoint} is not a checkpoint of mvcodec train")
+    return state
 
 
 def export_checkpoint(checkpoint: Path, target: Path) -> bytes:

@@ -235,6 +235,7 @@ class Trainer:
             self._keep(pending)
             bar.close()
             self.ahead = None
+        self.processes.wait()  # the checkpoint is there for all
 
     def _keep(self, pending: list[dict[str, float]]) -> None:
         """Checkpoint, log and curves, as far as the run has come."""
