@@ -1,16 +1,18 @@
 """Model files: what is wrong with one is said, and nothing wrong is loaded."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mvcodec.errors import ModelError
-from mvcodec.weights import available_models, find_model, load_model, read_model_file
+from mvcodec.weights import FORMAT, available_models, find_model, load_model, read_model_file
 
 
 def rewritten(source, target, change):
     tensors, config, _ = read_model_file(source)
-    metadata = {"format": "mvcodec-weights-1", "config": __import__("json").dumps(config.to_dict())}
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     change(tensors, metadata)
     save_file(tensors, target, metadata)
     return target
@@ -20,7 +22,8 @@ def test_loaded_weights_are_the_exported_ones_in_half_precision(tiny_model_file,
     stored = load_file(tiny_model_file)
     assert stored["g_a.klt.weight"].dtype == torch.float16
     assert torch.equal(tiny_model.net.g_a.klt.weight, stored["g_a.klt.weight"].float())
-    assert tiny_model.net.para_em.unit.dtype == torch.float64
+    assert stored["h_s.conv3.weight"].dtype == torch.int16
+    assert stored["para_em.unit"].dtype == torch.int32
 
 
 def test_id_depends_on_the_entropy_path(tiny_model_file, tiny_model, tmp_path):
@@ -37,6 +40,12 @@ def test_id_depends_on_the_entropy_path(tiny_model_file, tiny_model, tmp_path):
     [
         (lambda t, m: t.pop("tables.hyper.counts"), "tables.hyper.counts is missing"),
         (lambda t, m: t["tables.gaussian.counts"].add_(1), "sum"),
+        (lambda t, m: t.pop("h_s.conv3.fraction_bits"), "h_s.conv3.fraction_bits is missing"),
+        (lambda t, m: t.update({"h_s.conv3.weight": t["h_s.conv3.weight"].half()}), "no exact arithmetic without"),
+        (lambda t, m: t["h_s.conv3.fraction_bits"].fill_(0), "fraction bits"),
+        (lambda t, m: t["h_s.conv3.input_limit"].fill_(0), "input limit"),
+        (lambda t, m: t["tables.sigma_thresholds"].zero_(), "rising"),
+        (lambda t, m: t["tables.exp"].zero_(), "falling table"),
         (lambda t, m: t.pop("g_a.klt.weight"), "do not fit their configuration"),
         (lambda t, m: m.update(config="{}["), "no valid configuration"),
         (lambda t, m: m.update(format="other"), "not an mvcodec model file"),

@@ -1,8 +1,8 @@
 """Between latents and sections: the one walk through the entropy model that encoder and decoder share.
 
-`snap` turns the networks' output into (mu, sigma index), the only numbers the coder sees. It and everything before it
-runs in float64 outside autocast; mu lies on a grid of 1/64. Encoder and decoder call the same `walk`, the encoder on
-its own decoded values, so both see the same numbers.
+`snap` turns the networks' output into (mu, sigma index), the only numbers the coder sees; mu lies on a grid of 1/64.
+Everything up to there is exact arithmetic (exact/), the same on every machine. Encoder and decoder call the same
+`walk`, the encoder on its own decoded values.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from torch import Tensor
 
 from mvcodec import entropy
 from mvcodec.container import Damage, Slice, Stream, integer_check
-from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
+from mvcodec.entropy.tables import MAX_SYMBOL
 from mvcodec.errors import BitstreamError, DesyncError
 from mvcodec.nn.checkerboard import merge, split
-from mvcodec.nn.gain import log_gain_reference
+from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.weights import Model
 
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
-LN_SIGMA_FIRST = float(np.log(SIGMAS[0]))
-LN_SIGMA_STEP = float(np.log(SIGMAS[-1] / SIGMAS[0])) / (len(SIGMAS) - 1)
 LATENT_STRIDE, HYPER_STRIDE = 16, PAD_MULTIPLE  # pixels per y, per z
 HALVES = ("anchor", "non-anchor")
 
 
-def snap(mu: Tensor, ln_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(mu, ln sigma) float64 -> mu on its grid, index int64 of the nearest of the 64 log-spaced sigmas."""
-    index = ((ln_sigma - LN_SIGMA_FIRST) / LN_SIGMA_STEP).round().clamp(0, len(SIGMAS) - 1).long()
+def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """(mu, ln sigma) float64 -> mu on its grid, index int64 of its scale. thresholds: [63] between scales' logarithms."""
     limit = MAX_SYMBOL / 2
-    return (mu.clamp(-limit, limit) * MU_GRID).round() / MU_GRID, index
+    return (mu.clamp(-limit, limit) * MU_GRID + 0.5).floor() / MU_GRID, torch.bucketize(
+        ln_sigma.contiguous(), thresholds
+    )
 
 
 def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
@@ -46,7 +45,7 @@ def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
     net = model.net
     with torch.autocast(z_hat.device.type, enabled=False):
         hyper = net.h_s(z_hat.double())
-        ln_gain = torch.full((z_hat.shape[0],), log_gain_reference(t), dtype=torch.float64, device=z_hat.device)
+        ln_gain = torch.full((z_hat.shape[0],), exact_log_gain(t), dtype=torch.float64, device=z_hat.device)
         y_hat: Tensor = net.para_em(hyper, ln_gain, code)
     return y_hat
 
@@ -75,7 +74,7 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
     estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
 
     def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
-        mu, index = snap(raw_mu, ln_sigma)
+        mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
         symbols = (halves[step] - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
         symbols = torch.where(index == 0, 0.0, symbols)  # the lowest sigma is not coded
         sections.append(entropy.encode(_integers(symbols), _integers(index), model.gaussian))
@@ -110,7 +109,7 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
     halves: list[Tensor] = []
 
     def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
-        mu, index = snap(mu, ln_sigma)
+        mu, index = snap(mu, ln_sigma, model.sigma_thresholds)
         payload = payloads[step]
         if payload is None:
             halves.append(mu)

@@ -1,4 +1,7 @@
-"""Model files: one safetensors file holds the weights (fp16), the integer tables and, as metadata, the configuration.
+"""Model files: one safetensors file holds the weights, the tables and, as metadata, the configuration.
+
+The entropy path (h_s, Para-EM, tables) is integers (exact/stored.py), everything else fp16. Loading proves that the
+integers can be computed with exactly on this machine, and refuses a file where they cannot.
 
 The model id is a hash of what the decoded integers depend on: h_s, Para-EM and the tables. A better encoder or joint
 decoder around the same entropy model keeps the id, and with it every file ever written.
@@ -17,29 +20,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from mvcodec.entropy.tables import Tables, counts_from_pmf, gaussian_tables
+from mvcodec.entropy.tables import Tables, counts_from_pmf, gaussian_tables, sigma_thresholds
 from mvcodec.errors import ModelError
+from mvcodec.exact.fixed import EXP_LENGTH, WEIGHT_ONE, exp_table
+from mvcodec.exact.quantise import fix, quantise
+from mvcodec.exact.stored import exact_layers, load_tensors, to_tensors
 from mvcodec.files import atomic, shipped
 from mvcodec.parahydra import ModelConfig, ParaHydra
 
-FORMAT = "mvcodec-weights-1"
+FORMAT = "mvcodec-weights-2"
 DEFAULT_MODEL = "fast"
-ENTROPY_PARTS = ("h_s.", "para_em.", "tables.")  # what the integers depend on
+EXACT_PARTS = ("h_s", "para_em")
+ENTROPY_PARTS = (*(f"{part}." for part in EXACT_PARTS), "tables.")  # what the decoded integers depend on
 HYPER_BOUND = 40  # z beyond it is coded as an escape
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded codec: networks, tables, identity. The entropy path is float64, everything else float32."""
+    """A loaded codec: networks, tables, identity. The entropy path counts in integers, everything else is float32."""
 
     name: str
     net: ParaHydra
     gaussian: Tables  # 64 scales, for y
     hyper: Tables  # one per channel, for z
+    sigma_thresholds: Tensor  # [63] float64, between the logarithms of neighbouring scales
     id: bytes  # 8 bytes, see the module's docstring
     about: Mapping[str, str]  # training history from the file's metadata
 
@@ -72,17 +81,29 @@ def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
 
 
 def export_model(net: ParaHydra, path: Path, about: Mapping[str, str] | None = None) -> bytes:
-    """Write `net` as a model file, whole or not at all; returns the model id."""
-    tensors = {name: value.detach().cpu().half().contiguous() for name, value in net.state_dict().items()}
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ModelError(f"{name} does not fit fp16 or is not finite; the model cannot be exported")
+    """Write `net` as a model file, whole or not at all; returns the model id.
+
+    An entropy path without integers gets them here, of 16-bit precision; exact/quantise.py has the other choices.
+    """
+    tensors = {}
+    for name, value in net.state_dict().items():
+        if not name.startswith(ENTROPY_PARTS):
+            tensors[name] = value.detach().cpu().half().contiguous()
+            if not torch.isfinite(tensors[name]).all():
+                raise ModelError(f"{name} does not fit fp16 or is not finite; the model cannot be exported")
+    for part in EXACT_PARTS:
+        network = net.get_submodule(part)
+        if any(layer.integers is None for layer in exact_layers(network).values()):
+            quantise(network, {})
+        tensors |= {f"{part}.{name}": value.contiguous() for name, value in to_tensors(network).items()}
     pmf = net.z_prior.pmf(HYPER_BOUND).cpu().numpy()
     counts = counts_from_pmf(pmf / np.maximum(pmf.sum(axis=1, keepdims=True), 1.0))
     hyper = Tables(counts.flatten(), [counts.shape[1]] * len(counts), [-HYPER_BOUND] * len(counts))
     for kind, tables in (("gaussian", gaussian_tables()), ("hyper", hyper)):
         for name, array in tables.arrays().items():
             tensors[f"tables.{kind}.{name}"] = torch.from_numpy(array.astype(np.int32))
+    tensors["tables.sigma_thresholds"] = torch.from_numpy(sigma_thresholds())
+    tensors["tables.exp"] = torch.from_numpy(exp_table())
     metadata = {"format": FORMAT, "config": json.dumps(net.config.to_dict()), **(about or {})}
     with atomic(path) as file:
         file.write(to_safetensors(tensors, metadata=metadata))
@@ -139,9 +160,16 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
         )
         for kind in ("gaussian", "hyper")
     }
+    thresholds = _rising(_table(tensors, path, "tables.sigma_thresholds"), path, len(tables["gaussian"]) - 1)
+    exponentials = _table(tensors, path, "tables.exp")
+    if exponentials.shape != (EXP_LENGTH,) or exponentials[0] != WEIGHT_ONE or (np.diff(exponentials) > 0).any():
+        raise ModelError(f"{path}: tables.exp is not a falling table of {EXP_LENGTH} entries")
     with torch.device("meta"):
         net = ParaHydra(config)
-    state = {name: value.float() for name, value in tensors.items()}
+    state = {name: value.float() for name, value in tensors.items() if not name.startswith(ENTROPY_PARTS)}
+    for name, value in net.state_dict().items():
+        if name.startswith(ENTROPY_PARTS):
+            state[name] = torch.zeros(value.shape)  # for load_tensors to fill
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -149,12 +177,20 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     if len(tables["hyper"]) != config.hyper_channels or len(tables["gaussian"]) != 64:
         raise ModelError(f"{path}: entropy tables do not fit the configuration")
     net.requires_grad_(False).eval()
-    net.h_s.double()
-    net.para_em.double()
     net.to(device)
+    for part in EXACT_PARTS:
+        load_tensors(net.get_submodule(part), tensors, f"{part}.")
+        fix(net.get_submodule(part), torch.from_numpy(exponentials))
     net.g_a.to(memory_format=torch.channels_last)
     net.para_jd.to(memory_format=torch.channels_last)
-    return Model(path.stem, net, tables["gaussian"], tables["hyper"], identity, about)
+    boundaries = torch.from_numpy(thresholds / 65536).to(device)
+    return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, about)
+
+
+def _rising(values: NDArray[np.int32], path: Path, length: int) -> NDArray[np.int32]:
+    if values.shape != (length,) or (np.diff(values) <= 0).any():
+        raise ModelError(f"{path}: tables.sigma_thresholds are not {length} rising numbers")
+    return values
 
 
 def _table(tensors: dict[str, Tensor], path: Path, name: str) -> Any:

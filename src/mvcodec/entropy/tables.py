@@ -27,6 +27,12 @@ SIGMAS: NDArray[np.float64] = np.exp(np.linspace(math.log(0.11), math.log(256.0)
 literature's lower bound: |N(0, 0.11)| exceeds 1/2 once in 180,000, so forcing index 0 to zero is free."""
 
 
+def sigma_thresholds() -> NDArray[np.int32]:
+    """[63] boundaries between neighbouring `SIGMAS` on the log axis, in units of 2^-16. For export: it calls log."""
+    logarithms = np.log(SIGMAS)
+    return np.rint((logarithms[1:] + logarithms[:-1]) / 2 * 65536).astype(np.int32)
+
+
 class Tables:
     """Integer probability tables, checked, with the coder's models built once.
 

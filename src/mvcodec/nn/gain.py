@@ -58,3 +58,14 @@ def log_gain_reference(t: float) -> float:
     """ln(1 / Delta(t)) of the untrained gain: the entropy model's quality-dependent prior of ln sigma."""
     low, high = LAMBDA_RANGE
     return 0.5 * (math.log(low * 255**2 / 26) + t * math.log(high / low))
+
+
+# The same for the exact path, where no logarithm may be computed: at t = 0 and t = 1, in units of 2^-16.
+LN_GAIN = (-18121, 169252)
+
+
+def exact_log_gain(t: float) -> float:
+    """`log_gain_reference` of a quality as headers store it (a multiple of 1 / 10000), on a grid of 2^-16."""
+    hundredths = round(t * 10000)
+    first, last = LN_GAIN
+    return ((first * (10000 - hundredths) + last * hundredths) // 10000) / 65536

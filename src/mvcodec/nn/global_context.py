@@ -7,14 +7,23 @@ Queries and keys come from the channel context (slice 0: from the hyperprior, as
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mvcodec.exact.arithmetic import FLOAT, Arithmetic, Block
+from mvcodec.exact.conv import Conv
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.layers import DepthResidualBlock
 from mvcodec.nn.parallax_attention import CHUNK_ELEMENTS
 
 
-def attend_anchors(query: Tensor, key: Tensor, value: Tensor, tile: int = 0, chunk: int = CHUNK_ELEMENTS) -> Tensor:
+def attend_anchors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tile: int = 0,
+    chunk: int = CHUNK_ELEMENTS,
+    arithmetic: Arithmetic = FLOAT,
+) -> Tensor:
     """softmax(Q K^T / sqrt(C)) V over half-grids [B, C, H, W / 2], queries in chunks (exact).
 
     tile: attention stays within tiles of so many positions a side; 0 lets it reach everywhere.
@@ -24,33 +33,31 @@ def attend_anchors(query: Tensor, key: Tensor, value: Tensor, tile: int = 0, chu
         rows = []
         for top in range(0, height, tile):
             windows = [(..., slice(top, top + tile), slice(s, s + tile // 2)) for s in range(0, width, tile // 2)]
-            row = [attend_anchors(query[w], key[w], value[w], 0, chunk) for w in windows]
+            row = [attend_anchors(query[w], key[w], value[w], 0, chunk, arithmetic) for w in windows]
             rows.append(torch.cat(row, dim=-1))
         return torch.cat(rows, dim=-2)
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))  # [B, P, C]
     step = max(1, chunk // (k.shape[0] * k.shape[1]))
-    parts = [
-        ((q[:, s : s + step] * q.shape[-1] ** -0.5) @ k.transpose(1, 2)).softmax(dim=-1).to(v.dtype) @ v
-        for s in range(0, q.shape[1], step)
-    ]
+    parts = [arithmetic.attend(q[:, s : s + step], k, v, q.shape[-1] ** -0.5) for s in range(0, q.shape[1], step)]
     return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
-class ParallaxGlobalContext(nn.Module):
+class ParallaxGlobalContext(Block):
     """PGCM: -> [B, C_out, H, W / 2] at the non-anchors."""
 
     def __init__(self, channels: int, guide_channels: int, channels_out: int, tile: int = 0) -> None:
         super().__init__()
         self.tile = tile
-        self.query = nn.Conv2d(guide_channels, channels, 1)
-        self.key = nn.Conv2d(guide_channels, channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.conv = nn.Conv2d(channels, channels_out, 1)
+        self.query = Conv(guide_channels, channels, 1)
+        self.key = Conv(guide_channels, channels, 1)
+        self.value = Conv(channels, channels, 1)
+        self.conv = Conv(channels, channels_out, 1)
         self.depth_rb = DepthResidualBlock(channels_out, channels_out)
 
     def forward(self, anchor: Tensor, guide: Tensor) -> Tensor:
         """anchor [B, C, H, W / 2] values; guide [B, G, H, W], of which only decoded slices were the source."""
         guide_anchor, guide_other = split(guide)
         value = self.value(anchor)
-        attended = attend_anchors(self.query(guide_other), self.key(guide_anchor), value, self.tile)
+        query, key = self.query(guide_other), self.key(guide_anchor)
+        attended = attend_anchors(query, key, value, self.tile, arithmetic=self.arithmetic)
         return split(self.depth_rb(self.conv(merge(value, attended))))[1]

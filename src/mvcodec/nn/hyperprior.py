@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvcodec.exact.arithmetic import Block
+from mvcodec.exact.conv import Conv, ConvTranspose
 from mvcodec.nn.layers import leaky, start_at_unit_variance
 
 LIKELIHOOD_BOUND = 2.0**-16  # the smallest probability in the coder's tables
@@ -30,19 +32,20 @@ class HyperAnalysis(nn.Module):
         return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.asinh(y))))))
 
 
-class HyperSynthesis(nn.Module):
-    """h_s: z_hat [B, N, h, w] -> Phi_h [B, C_h, 4h, 4w]. Transposed convolutions, integer form to come."""
+class HyperSynthesis(Block):
+    """h_s: z_hat [B, N, h, w] -> Phi_h [B, C_h, 4h, 4w]."""
 
     def __init__(self, channels: int, channels_out: int) -> None:
         super().__init__()
         middle = channels * 3 // 2
-        self.deconv1 = nn.ConvTranspose2d(channels, channels, 5, stride=2, padding=2, output_padding=1)
-        self.deconv2 = nn.ConvTranspose2d(channels, middle, 5, stride=2, padding=2, output_padding=1)
-        self.conv3 = nn.Conv2d(middle, channels_out, 3, padding=1)
+        self.deconv1 = ConvTranspose(channels, channels)
+        self.deconv2 = ConvTranspose(channels, middle)
+        self.conv3 = Conv(middle, channels_out, 3)
         start_at_unit_variance(self)
 
     def forward(self, z_hat: Tensor) -> Tensor:
-        return self.conv3(leaky(self.deconv2(leaky(self.deconv1(z_hat)))))
+        a = self.arithmetic
+        return self.conv3(a.leaky(self.deconv2(a.leaky(self.deconv1(a.enter(z_hat))))))
 
 
 class FactorizedPrior(nn.Module):

@@ -1,7 +1,7 @@
 """Small layers shared by every block.
 
-Everything the entropy model touches is restricted to operations that have an exact integer form (conv, 1x1, sum,
-power-of-two leaky slope): see design/exactness.md. So there is no normalisation layer and no GELU here.
+What the entropy model uses is a `Block`: it counts in the arithmetic it is told to, real or fixed-point (exact/). So
+it is made of convolutions, sums and a leaky slope that is a power of two; no normalisation layer, no GELU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAKY_SLOPE = 2.0**-3  # a power of two: an integer shift in the exact path
+from mvcodec.exact.arithmetic import LEAKY_SLOPE, Block
+from mvcodec.exact.conv import Conv
+
 BRANCH_GAIN = 0.1  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
 
 
@@ -37,31 +39,33 @@ def start_at_unit_variance(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Block):
     """RB: 3x3, LeakyReLU, 3x3, LeakyReLU, skip. [B, C_in, H, W] -> [B, C_out, H, W] (LDMIC's fusion network)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.conv1 = Conv(channels_in, channels_out, 3)
+        self.conv2 = Conv(channels_out, channels_out, 3)
+        self.skip = Conv(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + leaky(self.conv2(leaky(self.conv1(x))))
+        a = self.arithmetic
+        return a.add(self.skip(x), a.leaky(self.conv2(a.leaky(self.conv1(x)))))
 
 
-class DepthResidualBlock(nn.Module):
+class DepthResidualBlock(Block):
     """DepthRB: 1x1, LeakyReLU, depthwise 3x3, LeakyReLU, 1x1, skip (MLIC's depth-wise residual bottleneck)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.expand = nn.Conv2d(channels_in, channels_out, 1)
-        self.depthwise = nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out)
-        self.project = nn.Conv2d(channels_out, channels_out, 1)
-        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.expand = Conv(channels_in, channels_out, 1)
+        self.depthwise = Conv(channels_out, channels_out, 3, groups=channels_out)
+        self.project = Conv(channels_out, channels_out, 1)
+        self.skip = Conv(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + self.project(leaky(self.depthwise(leaky(self.expand(x)))))
+        a = self.arithmetic
+        return a.add(self.skip(x), self.project(a.leaky(self.depthwise(a.leaky(self.expand(x))))))
 
 
 class QualityBranch(nn.Module):

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvcodec.exact.arithmetic import Block
+from mvcodec.exact.conv import Conv
 from mvcodec.nn.checkerboard import split
-from mvcodec.nn.layers import leaky
 
 
-class CheckerboardAttention(nn.Module):
+class CheckerboardAttention(Block):
     """Context of non-anchors from anchors: -> [B, C_out, H, W / 2]."""
 
     def __init__(self, channels: int, guide_channels: int, channels_out: int, window: int = 5) -> None:
@@ -23,22 +24,20 @@ class CheckerboardAttention(nn.Module):
         self.reach = window // 2
         span = range(-self.reach, self.reach + 1)
         self.offsets = [(dy, dx) for dy in span for dx in span if (dy + dx) % 2]
-        self.query = nn.Conv2d(guide_channels, channels, 1)
-        self.key = nn.Conv2d(channels, channels, 1)
+        self.query = Conv(guide_channels, channels, 1)
+        self.key = Conv(channels, channels, 1)
         self.position = nn.Parameter(torch.zeros(len(self.offsets), 1, 1))
-        self.join = nn.Conv2d(len(self.offsets) * channels, channels_out, 1)
-        self.out = nn.Conv2d(channels_out, channels_out, 1)
+        self.join = Conv(len(self.offsets) * channels, channels_out, 1)
+        self.out = Conv(channels_out, channels_out, 1)
 
     def forward(self, anchor_full: Tensor, guide: Tensor) -> Tensor:
         """anchor_full [B, C, H, W] with non-anchors zero; guide [B, G, H, W / 2] at the non-anchors."""
         height, width = anchor_full.shape[-2:]
         near = self._neighbours(anchor_full, height, width)  # [B, 12, C, H, W / 2]
         keys = self._neighbours(self.key(anchor_full), height, width)
-        query = self.query(guide)[:, None]
-        scores = (query * keys).sum(dim=2) * query.shape[2] ** -0.5 + self.position  # [B, 12, H, W / 2]
-        weights = scores.softmax(dim=1) * len(self.offsets)
-        weighted = (near * weights.to(near.dtype)[:, :, None]).flatten(1, 2)
-        return self.out(leaky(self.join(weighted)))
+        a = self.arithmetic
+        weighted = a.attend_neighbours(self.query(guide)[:, None], keys, near, self.position)
+        return self.out(a.leaky(self.join(weighted.flatten(1, 2))))
 
     def _neighbours(self, full: Tensor, height: int, width: int) -> Tensor:
         r = self.reach

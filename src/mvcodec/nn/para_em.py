@@ -16,14 +16,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from mvcodec.exact.arithmetic import Block
+from mvcodec.exact.conv import Conv
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.global_context import ParallaxGlobalContext
-from mvcodec.nn.layers import leaky, start_at_unit_variance
+from mvcodec.nn.layers import start_at_unit_variance
 from mvcodec.nn.local_context import CheckerboardAttention
 from mvcodec.nn.parallax_attention import SourceFeatures
 from mvcodec.nn.pmifm import Fusion, ParallaxSource
 
-LN_PRIOR_FLOOR = -1.2  # sigma 0.3: a sparse channel's standard deviation is far below the scale of its few symbols
+LN_PRIOR_FLOOR = (
+    -1.2001953125
+)  # sigma 0.3, on a binary grid: a sparse channel's standard deviation is far below the scale of its few symbols
 
 # code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
 CodeStep = Callable[[int, Tensor, Tensor], Tensor]
@@ -40,7 +44,7 @@ class ChannelContext(nn.Module):
         super().__init__()
         self.source = own_source
         self.fusion = Fusion(slice_channels, slice_channels, initial_gain=1.0)
-        self.out = nn.Conv2d(slice_channels, channels_out, 1)
+        self.out = Conv(slice_channels, channels_out, 1)
 
     def forward(self, slices: list[Tensor], shared: ParallaxSource | None, features: list[SourceFeatures]) -> Tensor:
         """slices: the decoded ones, each [B, C, H, W], and what `shared` made of them -> Phi_ch [B, C_out, H, W]."""
@@ -55,37 +59,39 @@ class ChannelContext(nn.Module):
         return self.out(self.fusion(slices[-1], aligned, features[-1].value))
 
 
-class PlainChannelContext(nn.Module):
+class PlainChannelContext(Block):
     """Ablation `w/o PCCM`: three convolutions over all earlier slices (MLIC's channel-wise context)."""
 
     def __init__(self, slice_channels: int, count: int, channels_out: int) -> None:
         super().__init__()
         hidden = 2 * slice_channels
-        self.conv1 = nn.Conv2d(slice_channels * count, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.conv3 = nn.Conv2d(hidden, channels_out, 3, padding=1)
+        self.conv1 = Conv(slice_channels * count, hidden, 3)
+        self.conv2 = Conv(hidden, hidden, 3)
+        self.conv3 = Conv(hidden, channels_out, 3)
 
     def forward(self, slices: list[Tensor], shared: None, features: list[SourceFeatures]) -> Tensor:
-        return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.cat(slices, dim=1))))))
+        a = self.arithmetic
+        return self.conv3(a.leaky(self.conv2(a.leaky(self.conv1(torch.cat(slices, dim=1))))))
 
 
-class EntropyParameters(nn.Module):
+class EntropyParameters(Block):
     """EP, Eq. (4): 1x1 convolutions -> (mu, ln sigma offset). The last layer starts at zero: mu = 0, sigma = prior."""
 
     def __init__(self, channels_in: int, hidden: tuple[int, ...], channels_out: int) -> None:
         super().__init__()
         widths = [channels_in, *hidden]
-        self.hidden = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(widths))
-        self.last = nn.Conv2d(widths[-1], 2 * channels_out, 1)
+        self.hidden = nn.ModuleList(Conv(a, b, 1) for a, b in pairwise(widths))
+        self.last = Conv(widths[-1], 2 * channels_out, 1)
 
     def start_as_prior(self) -> None:
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.arithmetic
         for layer in self.hidden:
-            x = leaky(layer(x))
-        mu, ln_sigma = self.last(x).chunk(2, dim=1)
+            x = a.leaky(layer(x))
+        mu, ln_sigma = a.convolve_last(self.last, x).chunk(2, dim=1)
         return mu, ln_sigma
 
 
@@ -125,7 +131,7 @@ class SliceModel(nn.Module):
         self.other_parameters = EntropyParameters(known + 2 * context, widths, channels)
 
 
-class ParaEM(nn.Module):
+class ParaEM(Block):
     """Para-EM over all slices.
 
     `unit` [M] is a power of two >= 1 near each channel's spread in quantiser steps, so that the nets see values of unit
@@ -200,7 +206,7 @@ class ParaEM(nn.Module):
             mu, ln_sigma = model.anchor_parameters(torch.cat(anchor_inputs, dim=1))
             anchor = code(2 * i, mu * unit, ln_sigma + prior)
 
-            anchor_seen = anchor / unit
+            anchor_seen = self.arithmetic.enter(anchor / unit)
             anchor_full = merge(anchor_seen, torch.zeros_like(anchor_seen))
             local = model.local_context(anchor_full, split(guide)[1])
             global_ = model.global_context(anchor_seen, seen[-1] if model.guided_by_last else guide)
@@ -208,5 +214,5 @@ class ParaEM(nn.Module):
             other = code(2 * i + 1, mu * unit, ln_sigma + prior)
 
             done.append(merge(anchor, other))
-            seen.append(done[-1] / unit)
+            seen.append(self.arithmetic.enter(done[-1] / unit))
         return torch.cat(done, dim=1)

@@ -17,8 +17,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mvcodec.exact.arithmetic import FLOAT, Arithmetic, Block
 from mvcodec.nn.selective_kernel import SelectiveKernel
 
 CHUNK_ELEMENTS = 1 << 24  # attention entries held at once: 64 MiB of float32
@@ -40,7 +41,13 @@ class SourceFeatures(NamedTuple):
 
 
 def attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, segment: int = 0, chunk: int = CHUNK_ELEMENTS
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    segment: int = 0,
+    chunk: int = CHUNK_ELEMENTS,
+    arithmetic: Arithmetic = FLOAT,
 ) -> Aligned:
     """HPA, Eq. (8)-(11): query, key [N, C, H, W], value [N, D, H, W]; every row attends to the same row.
 
@@ -49,7 +56,7 @@ def attend_rows(
     n, _, height, width = query.shape
     if 0 < segment < width:
         pieces = [
-            attend_rows(*(x[..., s : s + segment] for x in (query, key, value)), scale, 0, chunk)
+            attend_rows(*(x[..., s : s + segment] for x in (query, key, value)), scale, 0, chunk, arithmetic)
             for s in range(0, width, segment)
         ]
         return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
@@ -58,11 +65,9 @@ def attend_rows(
     features, consistencies = [], []
     for start in range(0, n * height, rows):
         part = slice(start, start + rows)
-        match = (q[part] * scale) @ k[part].transpose(1, 2)  # [rows, W, W]
-        forward = match.softmax(dim=-1)
-        backward = match.softmax(dim=-2)
-        features.append(forward.to(v.dtype) @ v[part])
-        consistencies.append((forward * backward).sum(dim=-1, keepdim=True))
+        feature, consistency = arithmetic.attend_both_ways(q[part], k[part], v[part], scale)
+        features.append(feature)
+        consistencies.append(consistency)
 
     def fold(parts: list[Tensor]) -> Tensor:
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -72,23 +77,35 @@ def attend_rows(
 
 
 def attend_columns(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, segment: int = 0, chunk: int = CHUNK_ELEMENTS
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    segment: int = 0,
+    chunk: int = CHUNK_ELEMENTS,
+    arithmetic: Arithmetic = FLOAT,
 ) -> Aligned:
     """VPA: HPA with rows and columns exchanged."""
-    turned = attend_rows(query.mT, key.mT, value.mT, scale, segment, chunk)
+    turned = attend_rows(query.mT, key.mT, value.mT, scale, segment, chunk, arithmetic)
     return Aligned(turned.feature.mT, turned.consistency.mT)
 
 
 def attend_everywhere(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, segment: int = 0, chunk: int = CHUNK_ELEMENTS
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    segment: int = 0,
+    chunk: int = CHUNK_ELEMENTS,
+    arithmetic: Arithmetic = FLOAT,
 ) -> Aligned:
     """Full two-dimensional attention, O(N^4): the paper's `2D attention` ablation, as one row of H W positions."""
     q, k, v = (x.flatten(2)[:, :, None] for x in (query, key, value))
-    flat = attend_rows(q, k, v, scale, segment, chunk)
+    flat = attend_rows(q, k, v, scale, segment, chunk, arithmetic)
     return Aligned(*(x.reshape(*x.shape[:2], *query.shape[2:]) for x in flat))
 
 
-class OmniParallaxAttention(nn.Module):
+class OmniParallaxAttention(Block):
     """OPAM, Eq. (12)-(13): rows first, then columns of what the rows brought; C = C_hor * C_ver.
 
     mode: "opam", or an ablation: "hpa" (rows only), "vpa" (columns only), "attention2d", "average" (LDMIC's joint
@@ -111,14 +128,15 @@ class OmniParallaxAttention(nn.Module):
 
     def forward(self, main: SourceFeatures, side: SourceFeatures) -> Aligned:
         """Align `side` to `main`; both hold N maps of one size."""
+        how = {"scale": self.scale, "segment": self.segment, "arithmetic": self.arithmetic}
         if self.mode == "average":
-            return Aligned(side.value, torch.ones_like(side.value[:, :1]))
+            return Aligned(side.value, self.arithmetic.certain(side.value[:, :1]))
         if self.mode == "vpa":
-            return attend_columns(main.column_key, side.column_key, side.value, self.scale, self.segment)
+            return attend_columns(main.column_key, side.column_key, side.value, **how)
         attend = attend_everywhere if self.mode == "attention2d" else attend_rows
-        horizontal = attend(main.row_key, side.row_key, side.value, self.scale, self.segment)
+        horizontal = attend(main.row_key, side.row_key, side.value, **how)
         if self.column_skm is None:
             return horizontal
         column_key = self.column_skm(horizontal.feature)
-        vertical = attend_columns(main.column_key, column_key, horizontal.feature, self.scale, self.segment)
-        return Aligned(vertical.feature, horizontal.consistency * vertical.consistency)
+        vertical = attend_columns(main.column_key, column_key, horizontal.feature, **how)
+        return Aligned(vertical.feature, self.arithmetic.both(horizontal.consistency, vertical.consistency))

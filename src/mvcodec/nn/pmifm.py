@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mvcodec.exact.arithmetic import Block
 from mvcodec.nn.layers import ResidualBlock
 from mvcodec.nn.parallax_attention import OmniParallaxAttention, SourceFeatures
 
@@ -26,7 +27,7 @@ class Fused(NamedTuple):
     consistency: Tensor  # [S, N, 1, H, W]
 
 
-class ParallaxSource(nn.Module):
+class ParallaxSource(Block):
     """What every source goes through before fusion: RB RB -> e, OPAM, and the weighted sum over sources of Eq. (15).
 
     segment: rows and columns are matched within pieces of so many positions; 0 matches whole ones.
@@ -50,10 +51,10 @@ class ParallaxSource(nn.Module):
         found = self.opam(every, SourceFeatures(*(s.flatten(0, 1) for s in sides)))
         feature = found.feature.unflatten(0, (count, -1))
         consistency = found.consistency.unflatten(0, (count, -1))
-        return (consistency.softmax(dim=0).to(feature.dtype) * feature).sum(dim=0), consistency
+        return self.arithmetic.blend(consistency, feature), consistency
 
 
-class Fusion(nn.Module):
+class Fusion(Block):
     """Eq. (16): x + gain * F([f^t, e]), gain per channel."""
 
     def __init__(self, channels: int, width: int, initial_gain: float) -> None:
@@ -62,7 +63,8 @@ class Fusion(nn.Module):
         self.gain = nn.Parameter(torch.full((channels, 1, 1), initial_gain))
 
     def forward(self, x: Tensor, aligned: Tensor, embedded: Tensor) -> Tensor:
-        return x + self.gain * self.fuse(torch.cat([aligned, embedded], dim=1))
+        a = self.arithmetic
+        return a.add(x, a.scale(self.fuse(torch.cat([aligned, embedded], dim=1)), self.gain))
 
 
 class ParallaxFusion(nn.Module):

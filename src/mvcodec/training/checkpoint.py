@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig
-from mvcodec.weights import read_model_file
+from mvcodec.weights import load_model
 
 
 class Ema:
@@ -48,7 +48,7 @@ def save_whole(value: Any, path: Path) -> None:
 def starting_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Configuration and weights to begin from: a run's checkpoint (its averages) or a released model file."""
     if path.suffix == ".safetensors":
-        tensors, model_config, _ = read_model_file(path)
-        return model_config, {name: x.float() for name, x in tensors.items() if not name.startswith("tables.")}
+        net = load_model(path).net
+        return net.config, net.state_dict()
     state = torch.load(path, map_location="cpu", weights_only=True)
     return ModelConfig.from_dict(state["model_config"]), state["ema"]

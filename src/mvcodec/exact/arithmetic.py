@@ -1,0 +1,192 @@
+"""FLOAT and FIXED: the operations of the entropy model's blocks, in real and in fixed-point numbers.
+
+FLOAT is what one would write anyway; networks are trained with it and it is the oracle of the tests. FIXED does the
+same on integers (units in fixed.py). A block asks for `self.arithmetic`, which `use` sets for a whole network.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvcodec.exact import fixed
+from mvcodec.exact.fixed import ACTIVATION_UNIT, WEIGHT_ONE
+
+if TYPE_CHECKING:
+    from mvcodec.exact.conv import ExactConvolution
+
+LEAKY_SLOPE = 2.0**-3  # a power of two
+
+
+class Float:
+    """Real numbers, any float type."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A quantity from outside (z_hat, y_hat / unit) as an activation."""
+        return x
+
+    def convolve(self, layer: ExactConvolution, x: Tensor) -> Tensor:
+        return layer.convolve_float(x)
+
+    def convolve_last(self, layer: ExactConvolution, x: Tensor) -> Tensor:
+        """A convolution whose result leaves the network: real numbers, not rounded."""
+        return layer.convolve_float(x)
+
+    def leaky(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, LEAKY_SLOPE)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def scale(self, x: Tensor, gain: Tensor) -> Tensor:
+        """x [.., C, H, W] times a parameter [C, 1, 1]."""
+        return x * gain
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 1, 1]."""
+        return x.mean(dim=(2, 3), keepdim=True)
+
+    def select(self, logits: Tensor, choices: Tensor) -> Tensor:
+        """Sum of choices [N, S, C, H, W] weighed by the softmax over S of logits [N, S, C, 1, 1]."""
+        return (logits.softmax(dim=1) * choices).sum(dim=1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """softmax(scale Q K^T) V: [B, P, C], [B, R, C], [B, R, D] -> [B, P, D]."""
+        weight = ((query * scale) @ key.transpose(1, 2)).softmax(dim=-1)
+        return weight.to(value.dtype) @ value
+
+    def attend_both_ways(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """`attend`, and its consistency C_u = sum_j M_{v->u}[i,j] M_{u->v}[j,i] [B, P, 1] (Eq. (8)-(11))."""
+        match = (query * scale) @ key.transpose(1, 2)
+        forward, backward = match.softmax(dim=-1), match.softmax(dim=-2)
+        return forward.to(value.dtype) @ value, (forward * backward).sum(dim=-1, keepdim=True)
+
+    def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
+        """query [B, 1, C, ..], keys and near [B, S, C, ..], position [S, 1, 1] -> near, each times its softmax weight
+        times S."""
+        scores = (query * keys).sum(dim=2) * query.shape[2] ** -0.5 + position
+        weights = scores.softmax(dim=1) * scores.shape[1]
+        return near * weights.to(near.dtype)[:, :, None]
+
+    def certain(self, like: Tensor) -> Tensor:
+        """A consistency of 1 everywhere."""
+        return torch.ones_like(like)
+
+    def both(self, consistency: Tensor, other: Tensor) -> Tensor:
+        """Product of two consistencies."""
+        return consistency * other
+
+    def blend(self, consistency: Tensor, features: Tensor) -> Tensor:
+        """Eq. (15): features [S, N, C, H, W] weighed by the softmax over S of consistency [S, N, 1, H, W]."""
+        return (consistency.softmax(dim=0).to(features.dtype) * features).sum(dim=0)
+
+
+class Fixed:
+    """Activations are integers of ACTIVATION_UNIT in float32; sums of products of two activations are float64.
+
+    exp_table: [EXP_LENGTH] float64 integers from the weights file.
+    """
+
+    def __init__(self, exp_table: Tensor) -> None:
+        self.exp_table = exp_table
+
+    def enter(self, x: Tensor) -> Tensor:
+        return fixed.to_activation(x)
+
+    def convolve(self, layer: ExactConvolution, x: Tensor) -> Tensor:
+        return layer.convolve_fixed(x)
+
+    def convolve_last(self, layer: ExactConvolution, x: Tensor) -> Tensor:
+        return layer.accumulate(x).double() / ACTIVATION_UNIT
+
+    def leaky(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return fixed.floor(F.leaky_relu(x, LEAKY_SLOPE))
+        return F.leaky_relu_(x, LEAKY_SLOPE).floor_()
+
+    def relu(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return fixed.saturate(x + y)
+
+    def scale(self, x: Tensor, gain: Tensor) -> Tensor:
+        return fixed.saturate(fixed.round_half_up(x.double() * gain.double())).float()
+
+    def mean(self, x: Tensor) -> Tensor:
+        total = x.double().sum(dim=(2, 3), keepdim=True)
+        return fixed.divide(total, torch.full_like(total, x.shape[2] * x.shape[3])).float()
+
+    def select(self, logits: Tensor, choices: Tensor) -> Tensor:
+        # Weights of 8 bits: their products with activations are exact in float32.
+        share = self._softmax(logits.double() / ACTIVATION_UNIT, dim=1)
+        first = fixed.round_half_up(share[:, :1] * (256 / WEIGHT_ONE)).float()
+        weights = torch.cat([first, 256 - first], dim=1)
+        return fixed.floor((weights * choices).sum(dim=1) / 256 + 0.5)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        weight = fixed.exp_below_maximum(self._match(query, key, scale), self.exp_table, dim=-1)
+        return fixed.divide(weight @ value.double(), weight.sum(dim=-1, keepdim=True)).float()
+
+    def attend_both_ways(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        match = self._match(query, key, scale)
+        forward = fixed.exp_below_maximum(match, self.exp_table, dim=-1)
+        total = forward.sum(dim=-1, keepdim=True)
+        feature = fixed.divide(forward @ value.double(), total)
+        backward = self._softmax(match, dim=-2)
+        consistency = fixed.divide((forward * backward).sum(dim=-1, keepdim=True), total)
+        return feature.float(), consistency.float()
+
+    def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
+        products = (query.double() * keys.double()).sum(dim=2)
+        scores = products * _score_unit(query.shape[2] ** -0.5) + position.double()
+        weights = self._softmax(scores, dim=1) * scores.shape[1]
+        weighted = near.double() * weights[:, :, None] / WEIGHT_ONE
+        return fixed.saturate(fixed.round_half_up(weighted)).float()
+
+    def certain(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, WEIGHT_ONE)
+
+    def both(self, consistency: Tensor, other: Tensor) -> Tensor:
+        return fixed.floor(consistency.double() * other.double() / WEIGHT_ONE).float()
+
+    def blend(self, consistency: Tensor, features: Tensor) -> Tensor:
+        weight = fixed.exp_below_maximum(consistency.double() / WEIGHT_ONE, self.exp_table, dim=0)
+        return fixed.divide((weight * features.double()).sum(dim=0), weight.sum(dim=0)).float()
+
+    def _match(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Real scores [B, P, R], float64."""
+        return (query.double() @ key.double().transpose(1, 2)) * _score_unit(scale)
+
+    def _softmax(self, scores: Tensor, dim: int) -> Tensor:
+        """Integers out of WEIGHT_ONE, each rounded on its own."""
+        weight = fixed.exp_below_maximum(scores, self.exp_table, dim)
+        return fixed.divide(weight * WEIGHT_ONE, weight.sum(dim=dim, keepdim=True))
+
+
+def _score_unit(scale: float) -> float:
+    """What a product of two activations is worth as a score; scale (C^-1/2, say) is rounded to a fraction of 2^15."""
+    return round(scale * WEIGHT_ONE) / (WEIGHT_ONE * ACTIVATION_UNIT**2)
+
+
+Arithmetic = Float | Fixed
+FLOAT = Float()
+
+
+class Block(nn.Module):
+    """A module whose forward is written in operations of its `arithmetic`."""
+
+    arithmetic: Arithmetic = FLOAT
+
+
+def use(arithmetic: Arithmetic, network: nn.Module) -> None:
+    """Let every block of `network` count in `arithmetic`."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.arithmetic = arithmetic
