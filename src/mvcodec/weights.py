@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from mvcodec.blank import Uninitialised
 from mvcodec.entropy.tables import Tables, counts_from_pmf, gaussian_tables, sigma_thresholds
 from mvcodec.errors import ModelError
 from mvcodec.exact.fixed import EXP_LENGTH, WEIGHT_ONE, exp_table
@@ -164,7 +165,7 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     exponentials = _table(tensors, path, "tables.exp")
     if exponentials.shape != (EXP_LENGTH,) or exponentials[0] != WEIGHT_ONE or (np.diff(exponentials) > 0).any():
         raise ModelError(f"{path}: tables.exp is not a falling table of {EXP_LENGTH} entries")
-    with torch.device("meta"):
+    with Uninitialised():
         net = ParaHydra(config)
     state = {name: value.float() for name, value in tensors.items() if not name.startswith(ENTROPY_PARTS)}
     for name, value in net.state_dict().items():

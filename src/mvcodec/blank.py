@@ -1,0 +1,27 @@
+"""A network without values, whose parameters are about to be read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules made in this block have parameters of any value, in memory that nothing has touched.
+
+    Not torch's "meta" device: its initialisers and its arithmetic are Python, over a second of it to import.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
