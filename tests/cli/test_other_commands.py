@@ -66,16 +66,22 @@ def test_models_lists_what_can_be_loaded(cli: Cli, models: Path) -> None:
 
 def test_bench_accounts_for_every_stage(cli: Cli, scene: Path) -> None:
     pictures = [scene / "C1/00000000.png", scene / "C2/00000000.png"]
-    encode, decode = cli("bench", *pictures, "--runs", 2, "--warmup", 0, "--json").records
-    assert (encode["task"], encode["views"], decode["task"], decode["views"]) == ("encode", 1, "decode", 2)
+    options = ["--runs", 2, "--warmup", 0, "--views", 3, "--size", "100x60", "--json"]
+    start, encode, decode = cli("bench", *pictures, *options).records
+    assert start["stages"].keys() == {"import", "load"}
+    assert all(rate > 0 for rate in start["ceilings"].values())
+    assert (encode["task"], encode["views"], encode["megapixels"]) == ("encode", 1, 0.006)
+    assert (decode["task"], decode["views"], decode["megapixels"]) == ("decode", 3, 0.018)
     assert {"read", "g_a", "h_a", "Para-EM", "coder", "container"} <= encode["stages"].keys()
-    assert {"parse", "coder", "Para-EM", "Para-JD", "write"} <= decode["stages"].keys()
+    assert {"parse", "coder", "Para-EM", "Para-JD", "refine", "write"} <= decode["stages"].keys()
     for record in (encode, decode):
         assert all(stage["median_ms"] >= 0 for stage in record["stages"].values())
         assert record["total_ms"] > 0
         assert record["peak_memory_mb"] > 0
         assert record["device_name"]
-    assert b"Para-JD" in cli("bench", *pictures, "--runs", 1).out
+        assert record["floor_ms"].keys() <= record["stages"].keys()
+        assert all(floor > 0 for floor in record["floor_ms"].values())
+    assert cli("bench", "--size", "100").code == 2
 
 
 def test_demo_tells_each_view_and_leaves_its_files(cli: Cli, scene: Path) -> None:
