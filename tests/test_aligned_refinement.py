@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from mvcodec.nn.aligned_refinement import AlignedRefinement, match_colours
-from mvcodec.nn.alignment import Alignment
-from mvcodec.training.refinement import CROP, SIDES, examples, loss
+from mvcodec.nn import aligned_refinement
+from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, _halve, _plane, _restore, match_colours, see
+from mvcodec.nn.alignment import Sight, sights
+from mvcodec.training.refinement import CROP, batch_of, examples, loss
 from tests.test_alignment import grid, texture
 
 SIZE = (64, 96)
 
 
-def views() -> torch.Tensor:
+def views() -> Tensor:
     """Three noisy views of one texture, shifted by a few pixels."""
     torch.manual_seed(0)
     shifts = torch.tensor([[0.0, 0.0], [5.0, 2.0], [-7.0, 1.0]]).view(3, 2, 1, 1)
@@ -36,15 +38,19 @@ QUALITY = torch.tensor([0.2, 0.5, 0.8])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_untrained_returns_its_input(count: int) -> None:
     pictures = views()[:count]
-    refined = AlignedRefinement(width=8)(pictures, QUALITY[:count])
+    refined = AlignedRefinement(width=8)(pictures, QUALITY[:count], maps=True)
     assert torch.equal(refined.pictures, pictures)
-    torch.testing.assert_close(refined.weights.sum(1), torch.ones(count, 1, *SIZE))
+    torch.testing.assert_close(refined.weights.sum(1), torch.ones(count))
+    assert refined.maps.shape == (count, count, *SIZE)
+    torch.testing.assert_close(refined.maps.float().mean((2, 3)) / 255, refined.weights, atol=5e-3, rtol=0)
 
 
 @torch.no_grad()
 def test_one_view_is_the_same_as_no_peers() -> None:
     model, pictures = scrambled(), views()
     alone = model(pictures, QUALITY, peers=False)
+    assert torch.equal(alone.weights, torch.eye(3))
+    assert alone.maps is None
     for k in range(3):
         single = model(pictures[k : k + 1], QUALITY[k : k + 1]).pictures[0]
         torch.testing.assert_close(single, alone.pictures[k])
@@ -61,28 +67,53 @@ def test_order_of_views_does_not_matter() -> None:
 
 
 @torch.no_grad()
-def test_inconsistent_peers_are_ignored_exactly() -> None:
+def test_one_peer_at_a_time_is_the_softmax_over_all_of_them() -> None:
+    """The same written out with all peers in memory: Eq. 14-16 of the paper on aligned pixels."""
     model, pictures = scrambled(), views()
-    nothing = Alignment(torch.zeros(3, 3, 2, *SIZE), torch.zeros(3, 3, 1, *SIZE))
-    alone = model(pictures, QUALITY, peers=False).pictures
-    assert torch.equal(model(pictures, QUALITY, alignment=nothing).pictures, alone)
-    # also without the per-pair switch: the gate is per pixel
-    fused, same, share = model.fuse(
-        pictures[:1], QUALITY[:1], pictures[None, 1:], torch.zeros(1, 2, 1, *SIZE), QUALITY[None, 1:]
+    main, quality, sight = pictures[:1], QUALITY[:1], next(sights(pictures))
+    cleaned, features = model.clean(main, quality)
+    side = see(pictures[1:], main.expand(2, -1, -1, -1), sight.flow, sight.consistency)
+    peers = [Peer(side[n : n + 1], sight.consistency[n : n + 1], QUALITY[n + 1 : n + 2]) for n in range(2)]
+    fused = model.fuse(cleaned, features, quality, iter(peers))
+
+    difference = _halve(16 * sight.consistency * (side - cleaned))
+    reliable = _halve(sight.consistency)
+    qualities = _plane(torch.stack((QUALITY[1:], quality.expand(2)), 1), difference)
+    x = model.pair(torch.cat((features.expand(2, -1, -1, -1), difference, reliable, qualities), 1))
+    logit, feature = model.pair_out(x).split((4, 8), dim=1)
+    votes = reliable * logit.exp()
+    share = votes / (1 + votes.sum(0))
+    weight = votes.mean(1, keepdim=True) / (1 + votes.sum(0).mean(0))
+    parts = (
+        (share.repeat(1, 3, 1, 1) * difference).sum(0),
+        (weight * feature).sum(0),
+        share.sum(0),
     )
-    assert not share.any()
-    torch.testing.assert_close(fused[0].clamp(0, 1), alone[0])
-    torch.testing.assert_close(same[0].clamp(0, 1), alone[0])
+    residual = model.head(torch.cat((features, *(part[None] for part in parts)), 1))
+    expected = cleaned + _restore(reliable.amax(0).repeat(3, 1, 1) * residual, main)
+    torch.testing.assert_close(fused.pictures, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fused.shares.mean((0, 2, 3, 4)), share.mean((1, 2, 3)))
 
 
 @torch.no_grad()
-def test_max_peers_keeps_the_most_consistent() -> None:
-    consistency = torch.zeros(3, 3, 1, *SIZE)
-    consistency[0, 1], consistency[0, 2] = 0.3, 0.9
-    alignment = Alignment(torch.zeros(3, 3, 2, *SIZE), consistency)
-    weights = scrambled()(views(), QUALITY, alignment=alignment, max_peers=1).weights
-    assert not weights[0, 1].any()
-    assert (weights[0, 2] > 0).all()
+def test_inconsistent_peers_are_ignored_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pictures = scrambled(), views()
+    nothing = Sight([1, 2], torch.zeros(2, 2, *SIZE), torch.zeros(2, 1, *SIZE))
+    alone = model(pictures, QUALITY, peers=False).pictures
+    monkeypatch.setattr(aligned_refinement, "sights", lambda *_: [nothing])
+    assert torch.equal(model(pictures, QUALITY).pictures, alone)
+    # also without the per-pair switch: the gate is per pixel
+    cleaned, features = model.clean(pictures[:1], QUALITY[:1])
+    peers = [Peer(pictures[n : n + 1], torch.zeros(1, 1, *SIZE), QUALITY[n : n + 1]) for n in (1, 2)]
+    fused = model.fuse(cleaned, features, QUALITY[:1], peers)
+    assert not fused.shares.any()
+    torch.testing.assert_close(fused.pictures[0].clamp(0, 1), alone[0])
+
+
+@torch.no_grad()
+def test_max_peers() -> None:
+    weights = scrambled()(views(), QUALITY, max_peers=1).weights
+    assert ((weights > 0).sum(1) == 2).all()  # itself and one more
 
 
 @torch.no_grad()
@@ -91,50 +122,93 @@ def test_odd_sizes() -> None:
     assert scrambled()(pictures, QUALITY[:2]).pictures.shape == pictures.shape
 
 
+@torch.no_grad()
+def test_weights_from_before_the_polish_load_and_leave_it_at_rest() -> None:
+    old = {name: value for name, value in scrambled().state_dict().items() if not name.startswith("polish.")}
+    model = AlignedRefinement(width=8)
+    model.load_state_dict(old)
+    pictures = views()
+    still = model.polish(pictures[:1], pictures[1:2], torch.ones(1, 1, *SIZE))
+    assert torch.equal(still, torch.zeros(1, 2, *SIZE))
+
+
 def test_colours_of_a_peer_are_matched() -> None:
-    main = texture(grid(SIZE))[0]
-    side = (0.8 * main + 0.1)[None]
-    torch.testing.assert_close(match_colours(side, main, torch.ones(1, 1, *SIZE))[0], main, atol=0.02, rtol=0)
+    main = texture(grid(SIZE))
+    side = 0.8 * main + 0.1
+    torch.testing.assert_close(match_colours(side, main, torch.ones(1, 1, *SIZE)), main, atol=0.02, rtol=0)
     # nothing consistent: nothing to learn from, nothing blows up
     assert match_colours(side, main, torch.zeros(1, 1, *SIZE)).isfinite().all()
 
 
-def test_learns_to_use_a_cleaner_peer() -> None:
-    """Forty steps: more is gained with an aligned peer of better quality than without."""
+def learning_batch() -> dict[str, Tensor]:
+    """Noisy main views, a cleaner peer that is half a pixel off."""
+    position = grid((32, 32)) + 1000 * torch.rand(4, 1, 1, 1)
+    target, uncoded = (torch.cat([texture(p[None] + off) for p in position]) for off in (0.0, 0.5))
+    return {
+        "target": target,
+        "main": target + 0.05 * torch.randn_like(target),
+        "peers": (uncoded + 0.01 * torch.randn_like(target))[:, None],
+        "uncoded": uncoded[:, None],
+        "consistency": torch.ones(4, 1, 1, 32, 32),
+        "quality": torch.full((4,), 0.1),
+        "peer_quality": torch.full((4, 1), 0.9),
+    }
+
+
+def test_learns_to_use_a_cleaner_peer_and_to_align_it() -> None:
     torch.manual_seed(0)
     model = AlignedRefinement(width=8)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
-    ratios = []
+    measured = []
     for _ in range(40):
-        target = torch.cat([texture(grid((32, 32)) + 1000 * torch.rand(1)) for _ in range(4)])
-        batch = {
-            "target": target,
-            "main": target + 0.05 * torch.randn_like(target),
-            "peers": (target + 0.01 * torch.randn_like(target))[:, None],
-            "consistency": torch.ones(4, 1, 1, 32, 32),
-            "quality": torch.full((4,), 0.1),
-            "peer_quality": torch.full((4, 1), 0.9),
-        }
-        value, clean, joint = loss(model, batch)
+        now = loss(model, learning_batch())
         optimiser.zero_grad()
-        value.backward()
+        now.total.backward()
         optimiser.step()
-        ratios.append((float(clean), float(joint)))
-    assert ratios[0] == pytest.approx((1, 1), abs=1e-3)
-    clean, joint = ratios[-1]
-    assert joint < 0.7
-    assert joint < clean - 0.1
+        measured.append((float(now.joint), float(now.polish)))
+    assert measured[0] == pytest.approx((1, 1), abs=1e-3)
+    joint, polish = measured[-1]
+    assert joint < 0.8
+    assert polish < 0.9
+    # the peerless part belongs to another stage
+    assert not model.clean_out.weight.any()
 
 
 def test_examples_show_one_place_through_all_views() -> None:
     """A codec without loss: main and target are equal, and so is the warped peer where it is consistent."""
     views = [texture(grid((208, 224)) + shift)[0].permute(1, 2, 0).mul(255).byte().numpy() for shift in (0, 6)]
-    found = examples(views, lambda pictures, _: pictures, np.random.default_rng(0), crops=2)
+    found = examples(views, lambda pictures, _: (pictures, pictures), np.random.default_rng(0), crops=2)
     assert found["target"].shape == (4, 3, CROP, CROP)
-    assert found["peers"].shape == (4, SIDES, 3, CROP, CROP)
+    assert found["peers"].shape == found["uncoded"].shape == (4, 1, 3, CROP, CROP)
     assert torch.equal(found["main"], found["target"])
-    assert not found["consistency"][:, 1:].any()  # two views: one peer, the other places stay empty
+    assert torch.equal(found["peers"], found["uncoded"])
     sure = found["consistency"][:, 0] > 240
     assert sure.float().mean() > 0.7
     difference = (found["peers"][:, 0].float() - found["target"].float()).abs().amax(1, keepdim=True)
     assert difference[sure].mean() < 2
+
+
+def test_batches_mix_scenes_of_few_and_many_views() -> None:
+    """Peers come in any order; places that stay empty are not consistent."""
+    shards = []
+    for places in (1, 3):
+        shards.append({
+            "target": torch.full((2, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
+            "main": torch.full((2, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
+            "peers": torch.full((2, places, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
+            "uncoded": torch.full((2, places, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
+            "consistency": torch.full((2, places, 1, CROP, CROP), 255, dtype=torch.uint8),
+            "quality": torch.full((2,), 0.1 * places),
+            "peer_quality": torch.full((2, places), 0.1 * places),
+        })  # fmt: skip
+    seen = set()
+    for step in range(12):
+        batch = batch_of(shards, 4, seed=0, step=step)
+        most = batch["peers"].shape[1]
+        seen.add(most)
+        few = batch["quality"] < 0.2
+        assert not batch["consistency"][few, 1:].any()
+        torch.testing.assert_close(batch["target"][few].mean(), torch.tensor(50 / 255))
+        again = batch_of(shards, 4, seed=0, step=step)
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert seen == {1, 2, 3}

@@ -1,13 +1,30 @@
 """Alignment finds known motions to a fraction of a pixel, and says where there is nothing to find."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
-from mvcodec.nn.alignment import align
+from mvcodec.nn.alignment import sights
 from mvcodec.nn.warping import pixel_grid, round_trip_error, warp
 
 SIZE = (160, 224)
+
+
+class Alignment(NamedTuple):
+    """Every ordered pair: [i, j] is where view j shows what view i shows. The diagonal is zero."""
+
+    flow: Tensor  # [K, K, 2, H, W]
+    consistency: Tensor  # [K, K, 1, H, W]
+
+
+def align(pictures: Tensor) -> Alignment:
+    views, _, height, width = pictures.shape
+    flow, consistency = torch.zeros(views, views, 2, height, width), torch.zeros(views, views, 1, height, width)
+    for i, sight in enumerate(sights(pictures)):
+        flow[i, sight.peers], consistency[i, sight.peers] = sight.flow, sight.consistency
+    return Alignment(flow, consistency)
 
 
 def texture(position: Tensor, seed: int = 0) -> Tensor:
@@ -99,6 +116,21 @@ def test_every_pair_and_odd_sizes() -> None:
             truth = (shifts[j] - shifts[i])[None].expand(1, 2, *size)
             assert error_where_seen(found.flow[i, j][None], truth, margin=12).median() < 0.1
     assert align(torch.rand(2, 3, 5, 3)).flow.isfinite().all()
+
+
+def test_few_peers_are_the_most_consistent_and_aligned_as_ever() -> None:
+    """Views 0 and 1 overlap wholly, 2 by half, 3 not at all."""
+    other = texture(grid(), seed=7)
+    views = torch.cat((texture(grid()), texture(grid() - 4.0), texture(grid() - 110.0), other))
+    every, one = list(sights(views)), list(sights(views, max_peers=1))
+    assert [sight.peers for sight in every] == [[j for j in range(4) if j != i] for i in range(4)]
+    assert [sight.peers for sight in one[:2]] == [[1], [0]]
+    assert one[2].peers in ([0], [1])
+    for few, all_of_them in zip(one, every, strict=True):
+        place = all_of_them.peers.index(few.peers[0])
+        assert torch.equal(few.flow[0], all_of_them.flow[place])
+        assert torch.equal(few.consistency[0], all_of_them.consistency[place])
+    assert [sight.flow.shape for sight in sights(views[:1])] == [(0, 2, *SIZE)]
 
 
 def test_warp_by_zero_is_the_identity_and_outside_is_inconsistent() -> None:

@@ -15,7 +15,7 @@ from mvcodec.weights import load_model
 
 @pytest.fixture
 def config(scenes_folder, tmp_path, monkeypatch):
-    for name, value in {"WINDOW": 128, "CROP": 96, "TRAINED_CROP": 64, "ROUNDS": 1}.items():
+    for name, value in {"WINDOW": 128, "CROP": 96, "TRAINED_CROP": 64, "SETS": 2}.items():
         monkeypatch.setattr(refinement, name, value)
     single = TrainConfig(
         data=str(scenes_folder), run_dir=str(tmp_path / "single"), profile="tiny", steps=1, batch=1, crop=64, threads=1
@@ -30,8 +30,9 @@ def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
     checkpoint = train(config, progress=False)
     after = torch.load(checkpoint, weights_only=True)["ema"]
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert "refinement.clean_out.weight" in changed
-    assert all(name.startswith("refinement.") for name in changed)
+    assert "refinement.polish.last.weight" in changed
+    peerless = ("refinement.look.", "refinement.clean_out.")
+    assert all(name.startswith("refinement.") and not name.startswith(peerless) for name in changed)
     single = export_checkpoint(config.start_from, tmp_path / "single.safetensors")
     assert export_checkpoint(checkpoint, tmp_path / "refined.safetensors") == single
     assert load_model(tmp_path / "refined.safetensors").net.config.refine == "aligned"

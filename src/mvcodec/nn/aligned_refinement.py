@@ -1,10 +1,10 @@
 """Third stage of the joint decoder: what other cameras saw of the same surface, at pixel level.
 
-    picture i --clean--> x_i + residual            no peer involved: all that K = 1 or `peers=False` gets
+    picture i --clean--> x_i                       no peer involved: all that K = 1 or `peers=False` gets
                   |
                   features                         once per view, half resolution
                   |
-    picture j --align, warp, match colours--> d_ij = warped_j - x_i --pair net--> logit, feature
+    x_j --align, warp, match colours, polish--> d_ij = warped_j - x_i --pair net--> logit, feature
                   |
                   softmax over i itself (logit 0) and all j, each j's share times its consistency
                   |
@@ -12,16 +12,18 @@
 
 PMIFM's principle (ParaHydra Eq. 14-16: reliability, softmax over sources, fusion) applied to aligned pixels
 instead of features. Zero start: an untrained net returns its input. Where no peer is consistent, the peers'
-part is exactly zero.
+part is exactly zero. One main view and one peer at a time: memory grows with K only by what each view keeps.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvcodec.nn.alignment import Alignment, align
+from mvcodec.nn.alignment import Sight, sights
+from mvcodec.nn.flow_polish import FlowPolish
 from mvcodec.nn.warping import warp
 
 SCALE = 16.0  # coding errors are about 1/50 of the range: brings them near 1 inside the net
@@ -29,24 +31,25 @@ MIN_OVERLAP = 0.02  # mean consistency below which a pair is taken for two diffe
 
 
 class RefinedViews(NamedTuple):
-    """Refined pictures, and who contributed: weights[i, j] is view j's share in view i ([i, i] its own)."""
+    """Refined pictures, and who contributed: weights[i, j] is view j's mean share in view i ([i, i] its own)."""
 
     pictures: Tensor  # [K, 3, H, W] in [0, 1]
-    weights: Tensor  # [K, K, 1, H, W], sums to 1 over the second dimension
+    weights: Tensor  # [K, K], sums to 1 over the second dimension
+    maps: Tensor | None  # the same pixel by pixel, uint8 of 255, [K, K, H, W]; if asked for
 
 
-class PeerPictures(NamedTuple):
-    """The other views, as one main view would see them."""
+class Peer(NamedTuple):
+    """Another view, as the main view would see it."""
 
-    pictures: Tensor  # [S, 3, H, W]
-    consistency: Tensor  # [S, 1, H, W] in [0, 1]
+    picture: Tensor  # [B, 3, H, W]
+    consistency: Tensor  # [B, 1, H, W] in [0, 1]
+    quality: Tensor  # [B]
 
 
 class Fused(NamedTuple):
-    """Main views [B, 3, H, W] refined with peers, the same without them, and each peer's share [B, S, 1, H, W]."""
+    """Main views [B, 3, H, W] refined with peers, and each peer's share [B, S, 1, H, W]."""
 
     pictures: Tensor
-    alone: Tensor
     shares: Tensor
 
 
@@ -70,6 +73,7 @@ class AlignedRefinement(nn.Module):
             nn.Conv2d(12 + 1, width, 3, padding=1), nn.LeakyReLU(0.1), _Residual(width), _Residual(width)
         )
         self.clean_out = _zero(nn.Conv2d(width, 12, 3, padding=1))
+        self.polish = FlowPolish()
         self.pair = nn.Sequential(
             nn.Conv2d(width + 12 + 4 + 2, width, 3, padding=1),
             nn.LeakyReLU(0.1),
@@ -85,38 +89,55 @@ class AlignedRefinement(nn.Module):
             _zero(nn.Conv2d(width, 12, 3, padding=1)),
         )
 
+    @torch.no_grad()
     def forward(
         self,
         pictures: Tensor,
         quality: Tensor,
         peers: bool = True,
-        alignment: Alignment | None = None,
         max_peers: int | None = None,
+        maps: bool = False,
     ) -> RefinedViews:
-        """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1].
+        """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1], for use; training calls the parts.
 
-        `alignment` may be given when already known; `max_peers` keeps the most consistent peers of each view.
+        max_peers: each view is helped by its most consistent peers only.
         """
         views, _, height, width = pictures.shape
         refined = torch.empty_like(pictures, dtype=torch.float32)
-        weights = torch.zeros(views, views, 1, height, width, device=pictures.device)
-        peers = peers and views > 1
-        if peers and alignment is None:
-            alignment = align(pictures)
+        features = []
         for i in range(views):
-            chosen = _choose(alignment, i, max_peers) if alignment is not None and peers else []
-            if chosen:
-                seen = see_through_peers(pictures, alignment, i, chosen)  # type: ignore[arg-type]
-                picture, _, shares = self.fuse(
-                    pictures[i : i + 1], quality[i : i + 1], seen.pictures[None], seen.consistency[None],
-                    quality[chosen][None],
-                )  # fmt: skip
-                weights[i, chosen] = shares[0].float()
-            else:
-                picture, _ = self.clean(pictures[i : i + 1], quality[i : i + 1])
-            refined[i] = picture[0]
-            weights[i, i] = 1 - weights[i].sum(0)
-        return RefinedViews(refined.clamp(0, 1), weights)
+            cleaned, feature = self.clean(pictures[i : i + 1], quality[i : i + 1])
+            refined[i] = cleaned[0].clamp(0, 1)
+            features.append(feature)
+        weights = torch.eye(views)
+        drawn = torch.zeros(views, views, height, width, dtype=torch.uint8) if maps else None
+        if peers and views > 1:
+            # The peers of every view are the cleaned views, not the ones that their peers have refined.
+            cleaned = refined.clone()
+            for i, sight in enumerate(sights(cleaned, max_peers)):
+                overlap = sight.consistency.mean((1, 2, 3)) >= MIN_OVERLAP
+                kept = [n for n in range(len(sight.peers)) if overlap[n]]
+                seen = self._see(cleaned, sight, i, kept, quality)
+                picture, shares = self.fuse(cleaned[i : i + 1], features[i], quality[i : i + 1], seen)
+                refined[i] = picture[0].clamp(0, 1)
+                chosen = [sight.peers[n] for n in kept]
+                weights[i, chosen] = shares[0].float().mean((1, 2, 3)).cpu()
+                weights[i, i] = 1 - weights[i, chosen].sum()
+                if drawn is not None:
+                    drawn[i, chosen] = (255 * shares[0, :, 0].float()).round().byte().cpu()
+                    drawn[i, i] = (255 * (1 - shares[0, :, 0].float().sum(0))).round().byte().cpu()
+        elif drawn is not None:
+            drawn[range(views), range(views)] = 255
+        return RefinedViews(refined, weights, drawn)
+
+    def _see(self, pictures: Tensor, sight: Sight, view: int, kept: list[int], quality: Tensor) -> Iterator[Peer]:
+        """Peers `kept` of a sight, one at a time."""
+        main = pictures[view : view + 1]
+        for n in kept:
+            j = sight.peers[n]
+            side, flow, consistency = pictures[j : j + 1], sight.flow[n][None], sight.consistency[n][None]
+            flow = flow + self.polish(main, see(side, main, flow, consistency), consistency)
+            yield Peer(see(side, main, flow, consistency), consistency, quality[j : j + 1])
 
     def clean(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Each view alone: [B, 3, H, W], quality [B] -> picture [B, 3, H, W], features [B, C, H/2, W/2]."""
@@ -124,38 +145,37 @@ class AlignedRefinement(nn.Module):
         features = self.look(torch.cat((2 * x - 1, _plane(quality, x)), dim=1))
         return pictures + _restore(self.clean_out(features), pictures), features
 
-    def fuse(self, main: Tensor, quality: Tensor, peers: Tensor, consistency: Tensor, peer_quality: Tensor) -> Fused:
-        """Main views [B, 3, H, W] with S warped peers each [B, S, 3, H, W], consistency [B, S, 1, H, W].
+    def fuse(self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer]) -> Fused:
+        """Cleaned main views [B, 3, H, W] with their features and qualities [B], and their peers one by one."""
+        cast = features.dtype
+        total = main.new_zeros(())
+        strongest, difference, feature = total, total, total
+        votes = []
+        for peer in peers:
+            reliable = _halve(peer.consistency)  # [B, 4, H/2, W/2]
+            apart = _halve(SCALE * peer.consistency * (peer.picture - main))
+            qualities = _plane(torch.stack((peer.quality, quality), dim=1), apart)
+            x = self.pair(torch.cat((features, apart.to(cast), reliable.to(cast), qualities.to(cast)), dim=1))
+            logit, says = self.pair_out(x).split((4, x.shape[1]), dim=1)
+            # softmax over the main view (logit 0) and its peers; a peer's share falls with its consistency
+            vote = reliable * logit.float().clamp(-10, 10).exp()
+            votes.append(vote)
+            total = total + vote
+            difference = difference + vote.repeat(1, 3, 1, 1) * apart
+            feature = feature + vote.mean(1, keepdim=True) * says
+            strongest = torch.maximum(strongest, reliable)
+        if not votes:
+            return Fused(main, main.new_zeros(len(main), 0, 1, *main.shape[-2:]))
+        share = total / (1 + total)
+        parts = (difference / (1 + total).repeat(1, 3, 1, 1), feature / (1 + total).mean(1, keepdim=True), share)
+        residual = self.head(torch.cat((features, *(x.to(cast) for x in parts)), dim=1))
+        shares = torch.stack([_full(vote / (1 + total), main) for vote in votes], dim=1)
+        return Fused(main + _restore(strongest.repeat(1, 3, 1, 1) * residual, main), shares)
 
-        Qualities are [B] and [B, S].
-        """
-        batch, sources = peers.shape[:2]
-        cleaned, features = self.clean(main, quality)
-        reliable = _halve(consistency.flatten(0, 1))  # [B S, 4, H/2, W/2]
-        difference = _halve((SCALE * consistency * (peers - main[:, None])).flatten(0, 1))
-        shared = features.repeat_interleave(sources, dim=0)
-        qualities = torch.stack((peer_quality.flatten(), quality.repeat_interleave(sources)), dim=1)
-        x = self.pair(torch.cat((shared, difference, reliable, _plane(qualities, difference)), dim=1))
-        logit, feature = self.pair_out(x).split((4, x.shape[1]), dim=1)
 
-        # softmax over the main view (logit 0) and its peers; a peer's share falls with its consistency
-        votes = (reliable * logit.float().clamp(-10, 10).exp()).unflatten(0, (batch, sources))
-        share = votes / (1 + votes.sum(1, keepdim=True))  # [B, S, 4, H/2, W/2]
-        fused_difference = (share.repeat(1, 1, 3, 1, 1) * difference.unflatten(0, (batch, sources))).sum(1)
-        fused_feature = (share.mean(2, keepdim=True) * feature.unflatten(0, (batch, sources))).sum(1)
-        residual = self.head(torch.cat((features, fused_difference, fused_feature, share.sum(1)), dim=1))
-        gate = reliable.unflatten(0, (batch, sources)).amax(1).repeat(1, 3, 1, 1)
-        size = main.shape[-2:]
-        shares = F.pixel_shuffle(share.flatten(0, 1), 2).unflatten(0, (batch, sources))[..., : size[0], : size[1]]
-        return Fused(cleaned + _restore(gate * residual, main), cleaned, shares)
-
-
-def see_through_peers(pictures: Tensor, alignment: Alignment, view: int, peers: list[int]) -> PeerPictures:
-    """Warp the peers onto the view and give them its colours (one gain and offset per channel and pair)."""
-    main = pictures[view].float()
-    consistency = alignment.consistency[view, peers]
-    warped = warp(pictures[peers].float(), alignment.flow[view, peers])
-    return PeerPictures(match_colours(warped, main, consistency).clamp(0, 1), consistency)
+def see(side: Tensor, main: Tensor, flow: Tensor, consistency: Tensor) -> Tensor:
+    """Warp side views [N, 3, H, W] onto main ones, in their colours (one gain and offset per channel and pair)."""
+    return match_colours(warp(side.float(), flow), main.float(), consistency).clamp(0, 1)
 
 
 def match_colours(warped: Tensor, main: Tensor, consistency: Tensor) -> Tensor:
@@ -167,14 +187,6 @@ def match_colours(warped: Tensor, main: Tensor, consistency: Tensor) -> Tensor:
     variance = (weight * side * side).sum((-2, -1), keepdim=True)
     gain = ((weight * side * target).sum((-2, -1), keepdim=True) + 1e-3) / (variance + 1e-3)
     return gain.clamp(0.5, 2) * side + mean_main
-
-
-def _choose(alignment: Alignment, view: int, max_peers: int | None) -> list[int]:
-    """Peers that overlap, the most consistent first if only some may stay; in order of index."""
-    overlap = alignment.consistency[view].mean((-3, -2, -1))
-    overlap[view] = 0
-    best = [int(j) for j in overlap.argsort(descending=True) if overlap[j] >= MIN_OVERLAP]
-    return sorted(best[:max_peers])
 
 
 def _zero(conv: nn.Conv2d) -> nn.Conv2d:
@@ -192,7 +204,12 @@ def _halve(x: Tensor) -> Tensor:
 
 def _restore(residual: Tensor, like: Tensor) -> Tensor:
     """Half-resolution residual [B, 12, H/2, W/2] -> [B, 3, H, W] in the units of pictures."""
-    return F.pixel_shuffle(residual.float(), 2)[..., : like.shape[-2], : like.shape[-1]] / SCALE
+    return _full(residual.float(), like) / SCALE
+
+
+def _full(x: Tensor, like: Tensor) -> Tensor:
+    """[B, 4, H/2, W/2] -> [B, 1, H, W]"""
+    return F.pixel_shuffle(x, 2)[..., : like.shape[-2], : like.shape[-1]]
 
 
 def _plane(values: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Measured on WebP-decoded real pairs: warps better than OpenCV's DIS (medium) and
 nothing (shifts beyond about a tenth of the width), at 0.8 s of one core per ordered pair of 1024x832.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,16 +30,17 @@ WARPS = {
 RELAXATIONS = 12
 BAND, HALO = 128, 18  # rows; the halo is what one linearisation reaches: 12 relaxations, filters, median
 SMOOTHNESS = 4.0
-ROBUST = 10.0  # differences of local-contrast units (20 = one deviation) beyond which a pixel loses its say
+ROBUST = 14.0  # differences of local-contrast units (20 = one deviation) beyond which a pixel loses its say
 CONTRAST_FLOOR = 5.0  # of 255; keeps coding noise on walls and sky from being taken for texture
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
 
 
-class Alignment(NamedTuple):
-    """Every ordered pair of K views: [i, j] is where view j shows what view i shows. The diagonal is zero."""
+class Sight(NamedTuple):
+    """One view and where its peers show the same: entry n belongs to view `peers[n]`, in order of index."""
 
-    flow: Tensor  # [K, K, 2, H, W] pixels, as in warping.py
-    consistency: Tensor  # [K, K, 1, H, W] in [0, 1]: exp(-round-trip error in pixels), 0 where nothing matches
+    peers: list[int]
+    flow: Tensor  # [S, 2, H, W] pixels, as in warping.py
+    consistency: Tensor  # [S, 1, H, W] in [0, 1]: exp(-round-trip error in pixels), 0 where nothing matches
 
 
 class _View(NamedTuple):
@@ -49,20 +51,50 @@ class _View(NamedTuple):
 
 
 @torch.no_grad()
-def align(pictures: Tensor) -> Alignment:
-    """Align every ordered pair of pictures [K, 3, H, W] in [0, 1], of any size."""
+def sights(pictures: Tensor, max_peers: int | None = None) -> Iterator[Sight]:
+    """Align the views [K, 3, H, W] in [0, 1], of any size: one after the other, each with its peers.
+
+    max_peers: only the most consistent ones of each view, judged at 1/8; others are not aligned at all.
+    A pair is aligned once, both ways. What waits for its turn are the ways back: at most K^2 / 4 of them.
+    """
     views, _, height, width = pictures.shape
-    flow = torch.zeros(views, views, 2, height, width, device=pictures.device)
-    consistency = torch.zeros(views, views, 1, height, width, device=pictures.device)
-    with torch.autocast(pictures.device.type, enabled=False):
+    with _exact(pictures):
         prepared = [_prepare(picture[None].float()) for picture in pictures]
+        starts, overlap = {}, torch.full((views, views), -1.0)
         for i in range(views):
             for j in range(i + 1, views):
-                there, back = _align_pair(prepared[i], prepared[j])[:, None, :, :height, :width]
-                flow[i, j], flow[j, i] = there[0], back[0]
-                consistency[i, j] = torch.exp(-round_trip_error(there, back))[0]
-                consistency[j, i] = torch.exp(-round_trip_error(back, there))[0]
-    return Alignment(flow, consistency)
+                start = _start(prepared[i], prepared[j])
+                overlap[i, j], overlap[j, i] = _consistency(start, start.flip(0)).mean((1, 2, 3)).cpu()
+                starts[i, j] = start
+    count = min(views - 1, views if max_peers is None else max_peers)
+    chosen = [sorted(overlap[i].argsort(descending=True)[:count].tolist()) for i in range(views)]
+    waiting: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for i in range(views):
+        found = []
+        for j in chosen[i]:
+            if (i, j) not in waiting:
+                pair = (min(i, j), max(i, j))
+                with _exact(pictures):
+                    flow = _align_pair(prepared[pair[0]], prepared[pair[1]], starts.pop(pair))[..., :height, :width]
+                    consistency = _consistency(flow, flow.flip(0))
+                for n, key in enumerate((pair, pair[::-1])):
+                    if key == (i, j) or key[1] in chosen[key[0]]:
+                        # a copy: a slice would keep the other way alive
+                        waiting[key] = (flow[n].clone(), consistency[n].clone())
+            found.append(waiting.pop((i, j)))
+        empty = (pictures.new_zeros(0, 2, height, width), pictures.new_zeros(0, 1, height, width))
+        flows, consistencies = (torch.stack(x) for x in zip(*found, strict=True)) if found else empty
+        yield Sight(chosen[i], flows, consistencies)
+
+
+def _exact(like: Tensor) -> torch.autocast:
+    """Positions and products of differences have no room in bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _consistency(flow: Tensor, back: Tensor) -> Tensor:
+    """[N, 2, H, W] each -> [N, 1, H, W]"""
+    return torch.exp(-round_trip_error(flow, back))
 
 
 # --- once per view ---
@@ -77,21 +109,21 @@ def _prepare(picture: Tensor) -> _View:
     luma = F.pad(luma, (0, -width % 2**coarsest, 0, -height % 2**coarsest), mode="replicate")
     grey = {0: luma}
     for level in range(1, FINE + 1):
-        grey[level] = F.avg_pool2d(_blur(grey[level - 1]), 2)
-    histograms = _blur(_orientations(grey[2]))
+        grey[level] = F.avg_pool2d(blur(grey[level - 1]), 2)
+    histograms = blur(_orientations(grey[2]))
     descriptor = {level: _describe(histograms, 2 ** (level - 2)) for level in range(FINE, coarsest + 1)}
     return _View({level: _flatten_light(x) for level, x in grey.items()}, descriptor)
 
 
 def _flatten_light(grey: Tensor) -> Tensor:
     """Local mean 0, contrast 20: exposure and shading differ between views, and faint texture counts too."""
-    centred = grey - _blur(_blur(_mean(grey)))
-    return 20 * centred / (_blur(_blur(_mean(centred * centred))) + CONTRAST_FLOOR**2).sqrt()
+    centred = grey - blur(blur(_mean(grey)))
+    return 20 * centred / (blur(blur(_mean(centred * centred))) + CONTRAST_FLOOR**2).sqrt()
 
 
 def _orientations(grey: Tensor) -> Tensor:
     """Gradient strength shared out over eight signed orientations, [1, 8, h, w]."""
-    dx, dy = _gradient(grey)
+    dx, dy = gradient(grey)
     angle = torch.arange(8, device=grey.device) * (torch.pi / 4)
     along = dx * angle.cos().view(1, -1, 1, 1) + dy * angle.sin().view(1, -1, 1, 1)
     return along.clamp_min(0) ** 3 / (dx * dx + dy * dy + 1e-3)
@@ -108,13 +140,18 @@ def _describe(histograms: Tensor, cell: int) -> Tensor:
 # --- once per pair; batch entry 0 is a -> b, entry 1 is b -> a, so flip(0) is the way back ---
 
 
-def _align_pair(a: _View, b: _View) -> Tensor:
-    """Flow at full padded size, [2, 2, H, W]."""
+def _start(a: _View, b: _View) -> Tensor:
+    """Flow at level FINE, [2, 2, h, w], from histograms."""
     coarsest = max(a.descriptor)
     flow = _match_globally(a.descriptor[coarsest], b.descriptor[coarsest])
     for level in range(coarsest - 1, FINE - 1, -1):
         flow = _propagate(torch.cat((a.descriptor[level], b.descriptor[level])), _double(flow))
-    flow = _fill(flow, torch.exp(-0.5 * round_trip_error(flow, flow.flip(0))))
+    return flow
+
+
+def _align_pair(a: _View, b: _View, start: Tensor) -> Tensor:
+    """Flow at full padded size, [2, 2, H, W]."""
+    flow = _fill(start, torch.exp(-0.5 * round_trip_error(start, start.flip(0))))
     for level, warps in WARPS.items():
         if level < FINE:
             flow = _double(flow)
@@ -222,13 +259,13 @@ def _solve(main: Tensor, warped: Tensor, flow: Tensor) -> Tensor:
 
     S and b sum robust-weighted products of gradients over a window; the smoothness resembles total variation.
     """
-    dx, dy = (_gradient(main)[k] / 2 + _gradient(warped)[k] / 2 for k in (0, 1))
+    dx, dy = (gradient(main)[k] / 2 + gradient(warped)[k] / 2 for k in (0, 1))
     dt = warped - main
     trust = 1 / (dt * dt + ROBUST**2).sqrt()
     products = torch.cat((dx * dx, dx * dy, dy * dy, dx * dt, dy * dt), 1) * trust
-    xx, xy, yy, xt, yt = _blur(_blur(_blur(products))).chunk(5, 1)
+    xx, xy, yy, xt, yt = blur(blur(blur(products))).chunk(5, 1)
 
-    fx, fy = _gradient(flow)
+    fx, fy = gradient(flow)
     smooth = 1 / ((fx * fx + fy * fy).sum(1, keepdim=True) + 0.01).sqrt()  # low across motion edges
     pull = 2 * SMOOTHNESS * smooth
     a, c = xx + pull, yy + pull
@@ -260,7 +297,7 @@ def _mean(x: Tensor) -> Tensor:
     return x
 
 
-def _blur(x: Tensor) -> Tensor:
+def blur(x: Tensor) -> Tensor:
     """[1 2 1] / 4 both ways."""
     for dim in (-1, -2):
         before, here, after = _shifts(x, dim)
@@ -276,7 +313,7 @@ def _median(x: Tensor) -> Tensor:
     return x
 
 
-def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
     """Central differences d/dx, d/dy."""
     (left, _, right), (up, _, down) = _shifts(x, -1), _shifts(x, -2)
     return (right - left) / 2, (down - up) / 2

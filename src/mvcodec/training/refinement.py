@@ -1,9 +1,11 @@
-"""Stage `refine`: the pixel-aligned refinement learns on what the codec decodes, each view alone, all else frozen.
+"""Stage `refine`: the peers' part of the aligned refinement learns on what the codec decodes, all else frozen.
 
-    scene -> encode and decode each view -> align -> warp -> crops       once per scene, kept in the run's folder
-    crops -> AlignedRefinement.fuse -> MSE relative to the separate decode's
+    set of views -> decode and clean each alone -> align -> warp, the uncoded views too -> crops     kept on disk
+    crops -> FlowPolish -> the uncoded peer, corrected, against the uncoded main view
+          -> AlignedRefinement.fuse -> MSE relative to that of the cleaned view, which peers must not spoil
 
-Alignment has no weights, so it is done once; training then sees plain crops.
+The alignment before the polish has no weights, so it is done once; training then sees plain crops. The peerless part
+(`look`, `clean_out`) belongs to stage `single` and stays as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvcodec.errors import UsageError
-from mvcodec.nn.aligned_refinement import AlignedRefinement, see_through_peers
-from mvcodec.nn.alignment import align
+from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, see
+from mvcodec.nn.alignment import sights
+from mvcodec.nn.warping import warp
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
 from mvcodec.training.config import TrainConfig, learning_rate
@@ -33,41 +37,39 @@ from mvcodec.training.data import Picture, Scene, load_scenes
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
 CROP = 192  # of the examples kept
 TRAINED_CROP = 128  # of the examples as trained
-SIDES = 3  # peers kept per example; absent ones have consistency 0
-ROUNDS = 2  # windows per scene
+SIDES = 5  # peers of an example at most
+SETS = 160  # windows of a scene, decoded and aligned: about 3 s of one core each
+SPOTS = 4  # examples per view
+POLISH_WEIGHT = 0.3
+HARM_WEIGHT = 2.0
 
-# views and one quality in [0, 1] for each -> the views as decoded alone, uint8
-Degrade = Callable[[list[Picture], list[float]], list[Picture]]
+# views and one quality in [0, 1] for each -> the views as decoded alone and the same cleaned, [K, 3, H, W] in [0, 1]
+Decoder = Callable[[Tensor, list[float]], tuple[Tensor, Tensor]]
 Example = dict[str, Tensor]
+PARTS = ("polish", "pair", "pair_out", "head")  # what this stage trains
 
 
-def decode_alone(net: ParaHydra) -> Degrade:
-    """The codec itself without its refinement; no bits are written, so it is quick."""
+def decode_alone(net: ParaHydra) -> Decoder:
+    """The codec itself, without peers; no bits are written, so it is quick."""
     device = net.gain.log_gain.device
+    refinement = net.refinement
+    assert refinement is not None
 
     @torch.no_grad()
-    def degrade(views: list[Picture], qualities: list[float]) -> list[Picture]:
-        pictures = to_tensor(views)
+    def decoder(pictures: Tensor, qualities: list[float]) -> tuple[Tensor, Tensor]:
         height, width = pictures.shape[-2:]
         padded = F.pad(pictures.to(device), (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
+        decoded, cleaned = [], []
         with torch.autocast(device.type, torch.bfloat16):
-            decoded = [
-                net(
-                    x[None, None],
-                    torch.tensor([[quality]], device=device),
-                    joint=False,
-                    fuse=False,
-                    rate=False,
-                    clean=False,
-                )
-                for x, quality in zip(padded, qualities, strict=True)
-            ]
-        return [
-            (255 * out.pictures[0, 0, :, :height, :width].clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
-            for out in decoded
-        ]
+            for x, quality in zip(padded, qualities, strict=True):
+                t = torch.tensor([[quality]], device=device)
+                out = net(x[None, None], t, joint=False, fuse=False, rate=False, clean=False)
+                picture = out.pictures[0, :, :, :height, :width].clamp(0, 1)
+                decoded.append(picture)
+                cleaned.append(refinement.clean(picture, t[0])[0].clamp(0, 1))
+        return torch.cat(decoded).float().cpu(), torch.cat(cleaned).float().cpu()
 
-    return degrade
+    return decoder
 
 
 def to_tensor(views: list[Picture]) -> Tensor:
@@ -88,30 +90,34 @@ def overlapping_windows(scene: Scene, size: int, rng: np.random.Generator) -> li
     return windows
 
 
-def examples(views: list[Picture], degrade: Degrade, rng: np.random.Generator, crops: int = 5) -> Example:
-    """Crops of every view of a scene with its most consistent peers; all uint8 but the qualities."""
+def examples(views: list[Picture], decoder: Decoder, rng: np.random.Generator, crops: int = SPOTS) -> Example:
+    """Crops of every view of a scene with its peers, S places for them; all uint8 but the qualities.
+
+    Peers in places that stay empty have consistency 0.
+    """
     qualities = [float(rng.random())] * len(views)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5:  # very unequal ones too
         qualities = [float(q) for q in rng.random(len(views))]
-    decoded = to_tensor(degrade(views, qualities))
     target = to_tensor(views)
-    alignment = align(decoded)
+    decoded, cleaned = decoder(target, qualities)
+    quality = torch.tensor(qualities)
     found = []
-    for i in range(len(views)):
-        overlap = alignment.consistency[i].mean((-3, -2, -1))
-        overlap[i] = -1
-        peers = [int(j) for j in overlap.argsort(descending=True)[: min(SIDES, len(views) - 1)]]
-        seen = see_through_peers(decoded, alignment, i, peers)
-        for top, left in _spots(seen.consistency.amax(0)[0], crops, rng):
+    for i, sight in enumerate(sights(cleaned, SIDES)):
+        places, consistency = len(sight.peers), sight.consistency
+        main = cleaned[i : i + 1].expand(places, -1, -1, -1)
+        truth = target[i : i + 1].expand(places, -1, -1, -1)
+        seen = see(cleaned[sight.peers], main, sight.flow, consistency)
+        uncoded = see(target[sight.peers], truth, sight.flow, consistency)
+        for top, left in _spots(consistency.amax(0)[0], crops, rng):
             window = (..., slice(top, top + CROP), slice(left, left + CROP))
-            empty = (SIDES - len(peers), 1, CROP, CROP)
             found.append({
                 "target": target[i][window],
                 "main": decoded[i][window],
-                "peers": torch.cat((seen.pictures[window], torch.zeros(empty).expand(-1, 3, -1, -1))),
-                "consistency": torch.cat((seen.consistency[window], torch.zeros(empty))),
-                "quality": torch.tensor(qualities[i]),
-                "peer_quality": torch.tensor([qualities[j] for j in peers] + [0.0] * (SIDES - len(peers))),
+                "peers": seen[window],
+                "uncoded": uncoded[window],
+                "consistency": consistency[window],
+                "quality": quality[i],
+                "peer_quality": quality[sight.peers],
             })  # fmt: skip
     stacked = {name: torch.stack([example[name] for example in found]) for name in found[0]}
     return {k: x if "quality" in k else (255 * x).round().byte() for k, x in stacked.items()}
@@ -125,20 +131,20 @@ def _spots(consistency: Tensor, count: int, rng: np.random.Generator) -> Iterato
         yield max(corners, key=lambda c: float(consistency[c[0] : c[0] + CROP, c[1] : c[1] + CROP].mean()))
 
 
-def cache(scenes: list[Scene], folder: Path, degrade: Degrade, seed: int, progress: bool) -> list[Path]:
-    """One file of examples per scene and round; files that exist are kept. Scenes too small for a crop are left out."""
+def cache(scenes: list[Scene], folder: Path, decoder: Decoder, seed: int, progress: bool) -> list[Path]:
+    """One file of examples per set of views; files that exist are kept. Scenes too small for a crop are left out."""
     folder.mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(seed).permutation(len(scenes))
     files = []
-    jobs = [(n, r) for r in range(ROUNDS) for n in range(len(scenes))]
-    for n, r in tqdm(jobs, desc="decoding and aligning", disable=not progress, leave=False):
-        rng = np.random.default_rng((seed, r, n))
-        windows = overlapping_windows(scenes[n], WINDOW, rng)[: SIDES + 1]
+    for n in tqdm(range(SETS), desc="decoding and aligning", disable=not progress, leave=False):
+        rng = np.random.default_rng((seed, n))
+        windows = overlapping_windows(scenes[order[n % len(scenes)]], WINDOW, rng)[: SIDES + 1]
         if len(windows) < 2 or min(windows[0].shape[:2]) < CROP:
             continue
-        file = folder / f"{n}.{r}.safetensors"
+        file = folder / f"{n}.safetensors"
         if not file.exists():
             partial = file.with_suffix(".partial")
-            save_file(examples(windows, degrade, rng), partial)
+            save_file(examples(windows, decoder, rng), partial)
             partial.replace(file)
         files.append(file)
     if not files:
@@ -146,48 +152,95 @@ def cache(scenes: list[Scene], folder: Path, degrade: Degrade, seed: int, progre
     return files
 
 
-def read_examples(files: list[Path]) -> Example:
-    """All examples in memory, still uint8."""
-    shards = [load_file(file) for file in files]
-    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+def read_examples(files: list[Path]) -> list[Example]:
+    """All examples in memory, still uint8, one entry for each set of views."""
+    return [load_file(file) for file in files]
 
 
-def batch_of(data: Example, size: int, seed: int, step: int) -> Example:
-    """Random examples in [0, 1], cut and flipped, peers dropped at random; depends on (seed, step) alone."""
+def batch_of(data: list[Example], size: int, seed: int, step: int) -> Example:
+    """Random examples in [0, 1], cut and flipped, peers left out at random; depends on (seed, step) alone."""
     rng = np.random.default_rng((seed, step))
-    index = torch.from_numpy(rng.choice(len(data["quality"]), size))
+    places = np.array([[n, k] for n, shard in enumerate(data) for k in range(len(shard["quality"]))])
     top, left = (2 * int(rng.integers((CROP - TRAINED_CROP) // 2 + 1)) for _ in range(2))
     flips = [dim for dim in (-1, -2) if rng.random() < 0.5]
-    batch = {}
-    for name, values in data.items():
-        x = values[index]
-        if "quality" not in name:
-            x = (x[..., top : top + TRAINED_CROP, left : left + TRAINED_CROP].float() / 255).flip(flips)
-        batch[name] = x
-    # The commonest case is one peer, and the cheapest; places that stay empty in all examples only cost time.
-    used = int((batch["consistency"].amax((2, 3, 4)) > 0).sum(1).amax().clamp(min=1))
-    used = 1 if rng.random() < 0.2 else used
-    batch = {k: x[:, :used] if k in ("peers", "consistency", "peer_quality") else x for k, x in batch.items()}
-    keep = torch.from_numpy(rng.random((size, used)) < rng.choice([0.4, 0.7, 1.0])).float()
+    most = int(rng.choice([1, 1, 2, 2, 3, SIDES]))  # few peers are the commonest case, and the cheapest
+    picked = rng.permutation(places)[:size]
+    most = min(most, max(data[n]["consistency"].shape[1] for n, _ in picked))
+    chosen = []
+    for n, k in picked:
+        example = {}
+        # Random order: a place says nothing about its peer.
+        peers = torch.from_numpy(rng.permutation(data[n]["consistency"].shape[1]))[:most]
+        for name, values in data[n].items():
+            x = values[k]
+            if "quality" not in name:
+                x = (x[..., top : top + TRAINED_CROP, left : left + TRAINED_CROP].float() / 255).flip(flips)
+            if name in ("peers", "uncoded", "consistency", "peer_quality"):
+                x = x[peers]
+                x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
+            example[name] = x
+        chosen.append(example)
+    batch = {name: torch.stack([example[name] for example in chosen]) for name in chosen[0]}
+    keep = torch.from_numpy(rng.random((size, most)) < 0.8).float()
     batch["consistency"] = batch["consistency"] * keep[:, :, None, None, None]
+    batch["peers"] = _spoil(batch["peers"], rng)
     return batch
 
 
-def loss(model: AlignedRefinement, batch: Example) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, clean ratio, joint ratio): MSE with and without peers, relative to the separate decode's."""
+def _spoil(peers: Tensor, rng: np.random.Generator) -> Tensor:
+    """What alignment believes and is not so: exposure that changes across the picture, something in the way."""
+    size, most, _, height, width = peers.shape
+    colour = torch.from_numpy(rng.normal(size=(size, most, 3, 1, 1)) * (rng.random((size, most, 1, 1, 1)) < 0.3))
+    peers = (peers * (1 + 0.03 * colour) + 0.01 * colour).clamp(0, 1).float()
+    for b in range(size):
+        if rng.random() < 0.3:
+            rows, columns = (int(rng.integers(8, side // 2)) for side in (height, width))
+            top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
+            hidden = (b, int(rng.integers(most)), ..., slice(top, top + rows), slice(left, left + columns))
+            peers[hidden] = peers[(b + 1) % size, 0, :, :rows, :columns].clone()
+    return peers
+
+
+class Losses(NamedTuple):
+    """`total` is what training minimises; the others say how far it is, averaged over the batch."""
+
+    total: Tensor
+    joint: Tensor  # MSE of the view fused with its peers, of the cleaned one's
+    polish: Tensor  # distance of the uncoded peers to the main view, of that before the polish
+
+
+def loss(model: AlignedRefinement, batch: Example) -> Losses:
+    """Joint MSE relative to that of the cleaned view; harm counts more; the polish learns on uncoded pictures."""
     main, target = batch["main"], batch["target"]
+    polished, peers = [], []
     with torch.autocast(main.device.type, torch.bfloat16):
-        joint, alone, _ = model.fuse(
-            main, batch["quality"], batch["peers"], batch["consistency"], batch["peer_quality"]
-        )
-    separate = _mse(main, target) + 1e-6
-    clean_ratio, joint_ratio = _mse(alone, target) / separate, _mse(joint, target) / separate
-    harm = (joint_ratio - clean_ratio.detach()).clamp_min(0)  # peers must not do worse than none
-    return (joint_ratio + clean_ratio + 2 * harm).mean() / 2, clean_ratio.detach().mean(), joint_ratio.detach().mean()
+        with torch.no_grad():
+            cleaned, features = model.clean(main, batch["quality"])
+            cleaned = cleaned.clamp(0, 1)
+        for s in range(batch["peers"].shape[1]):
+            peer, uncoded, consistency = (batch[name][:, s] for name in ("peers", "uncoded", "consistency"))
+            correction = model.polish(cleaned, peer, consistency)
+            before, after = (
+                (consistency * _distance(x, target)).sum((1, 2, 3)) for x in (uncoded, warp(uncoded, correction))
+            )
+            polished.append((after + 1) / (before + 1))
+            moved = warp(peer, correction.detach()).clamp(0, 1)
+            peers.append(Peer(moved, consistency, batch["peer_quality"][:, s]))
+        joint = model.fuse(cleaned, features, batch["quality"], peers).pictures
+    alone = _mse(cleaned, target) + 1e-6
+    ratio, polish = _mse(joint, target) / alone, torch.stack(polished).mean()
+    harm = (ratio - 1).clamp_min(0)  # peers must not do worse than none
+    total = (ratio + HARM_WEIGHT * harm).mean() + POLISH_WEIGHT * polish
+    return Losses(total, ratio.detach().mean(), polish.detach())
 
 
 def _mse(x: Tensor, target: Tensor) -> Tensor:
     return (x - target).square().mean((1, 2, 3))
+
+
+def _distance(x: Tensor, target: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [N, 1, H, W], nearly the absolute difference: a wrong match is not worth more than it costs."""
+    return ((x - target).square().mean(1, keepdim=True) + 1e-4).sqrt()
 
 
 def refine(config: TrainConfig, progress: bool = True) -> Path:
@@ -207,10 +260,14 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     net.to(device)
     refinement = net.refinement
     assert refinement is not None
+    refinement.requires_grad_(False)
+    for part in PARTS:
+        refinement.get_submodule(part).requires_grad_(True)
+    trained = [parameter for parameter in refinement.parameters() if parameter.requires_grad]
     files = cache(load_scenes(Path(config.data), progress), run / "examples", decode_alone(net), config.seed, progress)
     data = read_examples(files)
 
-    optimizer = torch.optim.AdamW(refinement.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99))
     ema, step = Ema(refinement, config.ema), 0
     if source == checkpoint:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -243,17 +300,17 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             batch = {k: x.to(device) for k, x in batch_of(data, config.batch, config.seed, step).items()}
-            value, clean_ratio, joint_ratio = loss(refinement, batch)
+            now = loss(refinement, batch)
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(refinement.parameters(), 0.5)
+            now.total.backward()
+            nn.utils.clip_grad_norm_(trained, 0.5)
             optimizer.step()
             ema.update(refinement, step)
             step += 1
-            clean_db, joint_db = (-10 * math.log10(float(x)) for x in (clean_ratio, joint_ratio))
-            rows.append({"step": step, "loss": value.item(), "clean_db": clean_db, "joint_db": joint_db})
+            joint_db, polish_db = (-10 * math.log10(float(x)) for x in (now.joint, now.polish))
+            rows.append({"step": step, "loss": now.total.item(), "joint_db": joint_db, "polish_db": polish_db})
             bar.update()
-            bar.set_postfix(clean=f"{clean_db:+.2f} dB", joint=f"{joint_db:+.2f} dB")
+            bar.set_postfix(joint=f"{joint_db:+.2f} dB", polish=f"{polish_db:+.2f} dB")
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save(rows)
                 saved = time.monotonic()
