@@ -107,6 +107,7 @@ def test_rate_warms_up_and_decays(config):
     ("settings", "message"),
     [
         ({"stage": "both"}, "none of single, joint, refine"),
+        ({"optimizer": "sgd"}, "none of adamw, muon"),
         ({"distortion": "vmaf"}, "none of mse, ms-ssim"),
         ({"distortion": "ms-ssim"}, "at least 161 pixels a side, not 64"),
         ({"compile": True}, "torch.compile is for CUDA"),
@@ -129,7 +130,7 @@ def test_a_checkpoint_of_before_is_gone_on_from(config):
     trainer.save()
     file = trainer.run / "checkpoint.pt"
     state = torch.load(file, weights_only=True)
-    for name in ("distortion", "jitter", "synthetic", "workers", "compile"):
+    for name in ("distortion", "jitter", "synthetic", "optimizer", "workers", "compile"):
         del state["train_config"][name]
     torch.save(state, file)
     assert Trainer(config, progress=False).step == 1

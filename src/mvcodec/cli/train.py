@@ -92,6 +92,13 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     show_default=True,
     help="What the loss weighs against bits; stage refine knows mse alone.",
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon"]),
+    default="adamw",
+    show_default=True,
+    help="muon: on hidden convolutions, AdamW on the rest; stage refine knows adamw alone.",
+)
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0: all.")

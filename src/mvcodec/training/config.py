@@ -33,6 +33,7 @@ class TrainConfig:
     distortion: str = "mse"  # mse | ms-ssim
     jitter: float = 0.0  # share of the views that get another camera's colours and exposure
     synthetic: float = 0.0  # share of the sets whose views are made from one picture (stage joint)
+    optimizer: str = "adamw"  # adamw | muon
     learning_rate: float = 5e-4
     warmup: int = 200
     clip: float = 1.0

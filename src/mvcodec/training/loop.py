@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +30,9 @@ from mvcodec.training.data import centre_crops, load_scenes, refuse_overlap
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
 from mvcodec.training.losses import DISTORTIONS, loss_of
+from mvcodec.training.optimizers import OPTIMIZERS, optimizers_for
 from mvcodec.training.sampling import Batches, CropSampler
 
-KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
-TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already calms these
 VALIDATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -74,12 +72,17 @@ class Trainer:
                 self.model.start_as_klt(block_covariance(self.scenes))
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._choose_parameters()
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers = optimizers_for(self.model, config.optimizer)
         self.ema = Ema(self.model, config.ema)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.ema.shadow = {k: v.to(self.device) for k, v in state["ema"].items()}
-            self.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in self.optimizers.items():
+                if name not in state:
+                    raise UsageError(
+                        f"{checkpoint}: was not trained with {name}; resume with the optimizer it began with"
+                    )
+                optimizer.load_state_dict(state[name])
             self.step = state["step"]
         network = self.processes.wrap(self.model, self.device)
         self.network: Callable[..., TrainingOutput] = torch.compile(network) if config.compile else network
@@ -97,21 +100,6 @@ class Trainer:
                 self.model.refinement.requires_grad_(False)
                 self.model.refinement.look.requires_grad_(True)  # the part that needs no peers
                 self.model.refinement.clean_out.requires_grad_(True)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The transforms start near an optimum: they move slower than the entropy model, the KLT layers slowest.
-
-        A weight behind 768 pixels of one sign moves an output by hundreds of its own steps.
-        """
-        factors = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                klt, transform = ".klt." in name, ".stage" in name
-                factors[parameter] = KLT_RATE if klt else TRANSFORM_RATE if transform else 1.0
-        return [
-            {"params": [p for p, f in factors.items() if f == factor], "factor": factor}
-            for factor in sorted(set(factors.values()))
-        ]
 
     @property
     def joint(self) -> bool:
@@ -136,20 +124,22 @@ class Trainer:
         exact = processes.world > 1 and not config.compile  # compiled noise cannot be drawn for the whole batch
         torch.manual_seed(hash((config.seed, step, 0 if exact else processes.rank)) & 0x7FFFFFFF)
         rate = learning_rate(config, step)
-        for group in self.optimizer.param_groups:
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        for group in groups:
             group["lr"] = rate * group["factor"]
         with self.autocast(), WholeBatchNoise(part) if exact else nullcontext():
             out = self.network(pictures, t, joint=self.joint, fuse=self.fuse, rate=not self.joint)
         # The mean over processes becomes the mean over the whole batch.
         terms = torch.stack(loss_of(pictures, out.pictures, out.bits, t, config.distortion))
         terms = terms * part.share * processes.world
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         terms[0].backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
-        norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups]
+        norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in groups]
         norm = torch.stack(norms).max()
         if torch.isfinite(norm):
-            self.optimizer.step()
+            for optimizer in self.optimizers.values():
+                optimizer.step()
         self.ema.update(self.model, step)
         self.step += 1
         loss, bpp, mse = processes.mean(terms.detach()).tolist()
@@ -202,7 +192,7 @@ class Trainer:
             {
                 "model": self.model.state_dict(),
                 "ema": self.ema.shadow,
-                "optimizer": self.optimizer.state_dict(),
+                **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "step": self.step,
                 "model_config": self.model.config.to_dict(),
                 "train_config": asdict(self.config),
@@ -264,6 +254,8 @@ def check(config: TrainConfig) -> None:
     """UsageError for settings that cannot go together, before anything is loaded."""
     if config.stage not in ("single", "joint"):
         raise UsageError(f"stage {config.stage!r} is none of single, joint, refine")
+    if config.optimizer not in OPTIMIZERS:
+        raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
     if config.distortion not in DISTORTIONS:
         raise UsageError(f"distortion {config.distortion!r} is none of {', '.join(DISTORTIONS)}")
     if config.distortion == "ms-ssim" and config.crop < MS_SSIM_MIN_SIDE:

@@ -1,0 +1,85 @@
+"""What moves the weights, and how fast: AdamW, or Muon on the hidden convolutions and AdamW on the rest.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a weight matrix is replaced by
+the nearest orthogonal matrix, so that every direction of it moves, not only the few with large gradients. Scaled to the
+size of AdamW's steps (Liu et al. 2025, arXiv 2502.16982), so that both go by one learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+OPTIMIZERS = ("adamw", "muon")
+KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
+TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already calms these
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s quintic: singular values into about 0.7..1.2 in five steps
+ADAM_SIZE = 0.2  # root mean square of AdamW's steps
+# Not hidden: layers between pixels, symbols or distribution parameters and the features.
+EDGES = (".klt.", ".enter.", ".leave.", ".last.", ".out.", "clean_out.", "look.0.", "h_a.conv1.", "z_prior.")
+
+
+def optimizers_for(model: nn.Module, kind: str) -> dict[str, Optimizer]:
+    """Optimizers of the parameters that this stage trains, by the name of their state in a checkpoint.
+
+    Each group has a `factor` of the learning rate: the transforms start near an optimum and move slower than the
+    entropy model, the KLT layers slowest. A weight behind 768 pixels of one sign moves an output by hundreds of steps.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = KLT_RATE if ".klt." in name else TRANSFORM_RATE if ".stage" in name else 1.0
+            groups.setdefault((kind == "muon" and is_hidden(name, parameter), factor), []).append(parameter)
+
+    def of(muon: bool) -> list[dict[str, Any]]:
+        return [{"params": groups[key], "factor": key[1]} for key in sorted(groups) if key[0] == muon]
+
+    found: dict[str, Optimizer] = {"optimizer": AdamW(of(False), betas=(0.9, 0.99), weight_decay=0.0, fused=True)}
+    if of(True):
+        found["muon"] = Muon(of(True))
+    return found
+
+
+def is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a dense convolution's weight between features."""
+    return parameter.ndim == 4 and parameter.shape[1] > 1 and not any(edge in name for edge in EDGES)
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalised. For convolution weights [out, in, h, w], taken as [out, in h w]."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3, momentum: float = 0.95) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+                size = ADAM_SIZE * max(update.shape) ** 0.5
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+
+
+def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T of matrix = U S V^T [m, n], by Newton-Schulz.
+
+    The iteration X <- (a + b X X^T + c (X X^T)^2) X runs on X X^T alone: half the work where m << n.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalised(matrix.T, steps).T
+    a, b, c = NEWTON_SCHULZ
+    x = matrix / (matrix.norm() + 1e-7)
+    gram, product = x @ x.T, torch.eye(len(x), device=x.device)
+    for _ in range(steps):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal().add_(a)
+        product, gram = factor @ product, factor @ gram @ factor
+    return product @ x

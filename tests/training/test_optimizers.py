@@ -1,0 +1,71 @@
+"""Muon: orthogonal steps of AdamW's size, on hidden convolutions alone, and resumable."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvcodec.errors import UsageError
+from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.training.config import TrainConfig
+from mvcodec.training.loop import Trainer, train
+from mvcodec.training.optimizers import ADAM_SIZE, KLT_RATE, Muon, optimizers_for, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(20, 90), (90, 20), (30, 30)])
+def test_singular_values_become_alike(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(-1.5, 0, shape[1]))
+    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(orthogonalised(matrix) / values.mean(), u @ v, rtol=0, atol=0.15)
+
+
+def test_steps_have_the_size_of_adamws():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(32, 16, 3, 3))
+    weight.grad = 1e-3 * torch.randn(weight.shape)
+    Muon([{"params": [weight]}], lr=1e-2).step()
+    assert weight.square().mean().sqrt().item() == pytest.approx(1e-2 * ADAM_SIZE, rel=0.2)
+
+
+def test_every_parameter_has_one_optimizer_and_its_rate():
+    model = ParaHydra(config_for("tiny"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = optimizers_for(model, "muon")
+    of = {
+        kind: {names[p]: group["factor"] for group in optimizer.param_groups for p in group["params"]}
+        for kind, optimizer in found.items()
+    }
+    assert of["optimizer"].keys() | of["muon"].keys() == set(names.values())
+    assert not of["optimizer"].keys() & of["muon"].keys()
+    assert of["optimizer"]["g_a.klt.weight"] == KLT_RATE
+    assert "para_jd.fine.stage8.blocks.0.conv1.weight" in of["muon"]
+    assert all(name.endswith(".weight") and model.get_parameter(name).ndim == 4 for name in of["muon"])
+    assert list(optimizers_for(model, "adamw")) == ["optimizer"]
+
+
+def test_muon_resumes_as_if_it_had_not_stopped(scenes_folder, tiny_model_file, tmp_path):
+    config = TrainConfig(
+        data=str(scenes_folder),
+        run_dir=str(tmp_path / "whole"),
+        optimizer="muon",
+        steps=4,
+        batch=1,
+        crop=64,
+        warmup=1,
+        threads=1,
+        start_from=str(tiny_model_file),
+    )
+    whole = torch.load(train(config, progress=False), weights_only=True)["model"]
+    parted = replace(config, run_dir=str(tmp_path / "parted"))
+    train(replace(parted, minutes=1e-9), progress=False)  # stops after a step
+    resumed = torch.load(train(parted, progress=False), weights_only=True)
+    assert resumed["step"] == 4
+    assert all(torch.equal(resumed["model"][name], value) for name, value in whole.items())
+    del resumed["muon"]
+    torch.save(resumed, tmp_path / "parted" / "checkpoint.pt")
+    with pytest.raises(UsageError, match="was not trained with muon"):
+        Trainer(parted, progress=False)
