@@ -73,6 +73,9 @@ def decode_set(
     files: Sequence[File],
     *,
     joint: bool = True,
+    refine: bool = True,
+    max_peers: int | None = None,
+    maps: bool = False,
     partial: bool = False,
     max_memory: int | None = None,
     model: Weights = None,
@@ -82,6 +85,8 @@ def decode_set(
     """The .phv files of one instant, in any order -> their pictures, sorted by camera id.
 
     joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
+    refine=False aligns no view with others at pixel level; max_peers aligns each with its so many most consistent ones.
+    maps=True says in every view's `maps` where each of its peers contributed.
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
     model: None finds the weights that the files name.
     on_failure: see `mvcodec.codec.decode_set`.
@@ -90,7 +95,16 @@ def decode_set(
     if not streams:
         raise UsageError("there are no files to decode")
     loaded = model_for(streams[0].header, model, device)
-    return codec.decode_set(loaded, streams, joint=joint, on_failure=on_failure, max_memory=max_memory)
+    return codec.decode_set(
+        loaded,
+        streams,
+        joint=joint,
+        refine=refine,
+        on_failure=on_failure,
+        max_memory=max_memory,
+        max_peers=max_peers,
+        maps=maps,
+    )
 
 
 def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ class DecodedView:
     header: Header
     image: Image
     peers: tuple[str, ...] = ()  # camera ids that were read as context
+    # In the order of `peers`, where the aligned refinement ran: its share of each, averaged over the picture, and
+    # pixel by pixel, uint8 of 255 [K - 1, H, W], if asked for. The rest of 1 is the view's own.
+    weights: tuple[float, ...] | None = None
+    maps: NDArray[np.uint8] | None = None
     damage: Damage | None = field(default=None)
 
     @property
@@ -124,10 +128,14 @@ def decode_set(
     partial: bool = False,
     on_failure: OnFailure | None = None,
     max_memory: int | None = None,
+    max_peers: int | None = None,
+    maps: bool = False,
 ) -> list[DecodedView]:
     """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
 
-    joint=False decodes each view alone. refine=False leaves out the pixel-aligned third stage.
+    joint=False decodes each view alone. refine=False aligns no view with others: of the aligned refinement only the
+    part runs that needs no peers. max_peers: it takes only so many peers for each view, the most consistent ones.
+    maps: say where each of them contributed.
     partial=True accepts damaged files as far as they are intact. on_failure is told of each view whose integers
     cannot be had, and the others are decoded without it; where it is None the first such view raises.
     max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
@@ -160,17 +168,30 @@ def decode_set(
     streams = [stream for _, stream in decoded]
     latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
     qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
-    pictures = reconstruct(model, latents, qualities, joint, refine, max_memory)
-    ids = [s.header.camera_id for s in streams]
-    return [
-        DecodedView(
-            stream.header,
-            to_image(picture, stream.header),
-            tuple(ids[:k] + ids[k + 1 :]) if joint else (),
-            stream.damage,
+    pictures, weights, drawn = reconstruct(model, latents, qualities, joint, refine, max_memory, max_peers, maps)
+    views = []
+    for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True)):
+        others = [n for n in range(len(streams)) if n != k] if joint else []
+        height, width = stream.header.height, stream.header.width
+        views.append(
+            DecodedView(
+                stream.header,
+                to_image(picture, stream.header),
+                tuple(streams[n].header.camera_id for n in others),
+                None if weights is None else tuple(weights[k, others].tolist()),
+                None if drawn is None else drawn[k, others, :height, :width].numpy(),
+                stream.damage,
+            )
         )
-        for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True))
-    ]
+    return views
+
+
+class Reconstruction(NamedTuple):
+    """Pictures [3, H, W] of K views; if they were refined with peers, the shares of `RefinedViews`, and its maps."""
+
+    pictures: list[Tensor]
+    weights: Tensor | None = None  # [K, K]
+    maps: Tensor | None = None  # [K, K, H, W] uint8
 
 
 @torch.inference_mode()
@@ -181,7 +202,9 @@ def reconstruct(
     joint: bool = True,
     refine: bool = True,
     max_memory: int | None = None,
-) -> list[Tensor]:
+    max_peers: int | None = None,
+    maps: bool = False,
+) -> Reconstruction:
     """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
@@ -189,14 +212,22 @@ def reconstruct(
     sizes = [(y.shape[2], y.shape[3]) for y in scaled]
     groups = [list(range(len(sizes)))] if joint else _of_one_size(sizes)
     decoded: list[Tensor] = [torch.empty(0)] * len(sizes)
+    shares: tuple[Tensor | None, Tensor | None] = (None, None)
     for group in groups:
         height, width = (max(sizes[k][axis] for k in group) for axis in (0, 1))
         views = [scaled[k] for k in group]
         views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in views]
-        pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, refine, max_memory)
+        together = net.refinement if joint and refine and len(group) > 1 else None
+        pictures = _synthesise(
+            model, torch.cat(views), basis[group], qualities[group], joint, together is not None, max_memory
+        )
+        if together is not None:
+            with _autocast(model):
+                refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps)
+            pictures, shares = refined.pictures, refined[1:]
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = picture[:, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
-    return decoded
+    return Reconstruction(decoded, *shares)
 
 
 def _of_one_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -205,13 +236,15 @@ def _of_one_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def _synthesise(
-    model: Model, y: Tensor, basis: Tensor, qualities: Tensor, joint: bool, refine: bool, max_memory: int | None
+    model: Model, y: Tensor, basis: Tensor, qualities: Tensor, joint: bool, together: bool, max_memory: int | None
 ) -> Tensor:
-    """y [K, M, h, w], gain undone -> pictures [K, 3, 16 h, 16 w] in [0, 1]."""
+    """y [K, M, h, w], gain undone -> pictures [K, 3, 16 h, 16 w] in [0, 1].
+
+    together: the aligned refinement follows, which cleans the pictures itself.
+    """
     net, views = model.net, len(y)
     pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
     # On a CPU a batch is no faster than its views one by one, which stay in the cache.
-    together = joint and refine and views > 1 and net.refinement is not None
     task = "joint" if together else "decode"
     most = pixels_at_once(task, net.config.transform, views * pixels, max_memory)
     most = min(most, pixels) if model.device.type == "cpu" else most
@@ -223,10 +256,8 @@ def _synthesise(
     with _autocast(model):
         pictures = net.para_jd(y[None], basis[None], joint, model.fuses, in_tiles)[0].float().clamp_(0, 1)
         refinement = net.refinement
-        if refinement is None or not refine:
+        if refinement is None or together:
             return pictures
-        if together:
-            return refinement(pictures, qualities).pictures
         clean = tiled(refinement, lambda part, views: refinement.clean(part, qualities[views])[0], pictures, most)
     return clean.float().clamp_(0, 1)
 

@@ -72,7 +72,7 @@ def _our_points(scene: Scene, model: Model, version: str, quality: float, prove:
     quality_of = torch.tensor([header.quality / 100 for header in headers], device=model.device)
     points = []
     for name, joint in ((SEPARATE, False), (JOINT, True)):
-        pictures = codec.reconstruct(model, latents, quality_of, joint)
+        pictures = codec.reconstruct(model, latents, quality_of, joint).pictures
         decoded = [codec.to_image(p, h).pixels.astype(np.uint8) for p, h in zip(pictures, headers, strict=True)]
         if prove and not joint:
             _prove(model, coded[0].data, decoded[0])
