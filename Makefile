@@ -16,6 +16,8 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/mvcodec bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
+	$(BIN)/python benchmarks/peers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

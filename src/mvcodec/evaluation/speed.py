@@ -36,15 +36,20 @@ def encoding(model: Model, picture: bytes, quality: float, max_memory: int | Non
 
 
 def decoding(
-    model: Model, files: Sequence[bytes], joint: bool = True, refine: bool = True, max_memory: int | None = None
+    model: Model,
+    files: Sequence[bytes],
+    joint: bool = True,
+    refine: bool = True,
+    max_memory: int | None = None,
+    suffix: str = ".png",
 ) -> Task:
-    """What the sink does: .phv files of one instant -> PNG files."""
+    """What the sink does: .phv files of one instant -> picture files."""
 
     def task(watch: Stopwatch) -> None:
         decoded = codec.decode_set(model, files, joint=joint, refine=refine, max_memory=max_memory)
         with watch.stage("write"), tempfile.TemporaryDirectory() as folder:
             for k, view in enumerate(decoded):
-                images.write(Path(folder, f"{k}.png"), view.image)
+                images.write(Path(folder, f"{k}{suffix}"), view.image)
 
     return task
 
