@@ -67,12 +67,12 @@ class Float:
         forward, backward = match.softmax(dim=-1), match.softmax(dim=-2)
         return forward.to(value.dtype) @ value, (forward * backward).sum(dim=-1, keepdim=True)
 
-    def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
-        """query [B, 1, C, ..], keys and near [B, S, C, ..], position [S, 1, 1] -> near, each times its softmax weight
-        times S."""
-        scores = (query * keys).sum(dim=2) * query.shape[2] ** -0.5 + position
-        weights = scores.softmax(dim=1) * scores.shape[1]
-        return near * weights.to(near.dtype)[:, :, None]
+    def attend_neighbours(self, query: Tensor, keys: list[Tensor], near: list[Tensor], position: Tensor) -> Tensor:
+        """query [B, C, ..], S keys and values each [B, C, ..], position [S, 1, 1] -> [B, S C, ..]: every value times
+        its softmax weight times S."""
+        products = torch.stack([(query * key).sum(dim=1) for key in keys], dim=1)
+        weights = (products * query.shape[1] ** -0.5 + position).softmax(dim=1) * len(keys)
+        return torch.cat([value * weights[:, s : s + 1].to(value.dtype) for s, value in enumerate(near)], dim=1)
 
     def certain(self, like: Tensor) -> Tensor:
         """A consistency of 1 everywhere."""
@@ -117,7 +117,7 @@ class Fixed:
         return fixed.saturate(x + y)
 
     def scale(self, x: Tensor, gain: Tensor) -> Tensor:
-        return fixed.saturate(fixed.round_half_up(x.double() * gain.double())).float()
+        return fixed.saturate(fixed.round_half_up(x * gain.double())).float()
 
     def mean(self, x: Tensor) -> Tensor:
         total = x.double().sum(dim=(2, 3), keepdim=True)
@@ -126,9 +126,9 @@ class Fixed:
     def select(self, logits: Tensor, choices: Tensor) -> Tensor:
         # Weights of 8 bits: their products with activations are exact in float32.
         share = self._softmax(logits.double() / ACTIVATION_UNIT, dim=1)
-        first = fixed.round_half_up(share[:, :1] * (256 / WEIGHT_ONE)).float()
-        weights = torch.cat([first, 256 - first], dim=1)
-        return fixed.floor((weights * choices).sum(dim=1) / 256 + 0.5)
+        first = fixed.round_half_up(share[:, 0] * (256 / WEIGHT_ONE)).float()
+        blend = first * choices[:, 0] + (256 - first) * choices[:, 1]
+        return fixed.round_half_up(blend * (1 / 256))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         weight = fixed.exp_below_maximum(self._match(query, key, scale), self.exp_table, dim=-1)
@@ -139,16 +139,18 @@ class Fixed:
         forward = fixed.exp_below_maximum(match, self.exp_table, dim=-1)
         total = forward.sum(dim=-1, keepdim=True)
         feature = fixed.divide(forward @ value.double(), total)
-        backward = self._softmax(match, dim=-2)
-        consistency = fixed.divide((forward * backward).sum(dim=-1, keepdim=True), total)
-        return feature.float(), consistency.float()
+        backward = fixed.exp_below_maximum(match, self.exp_table, dim=-2)
+        share = fixed.divide(torch.full_like(total.mT, WEIGHT_ONE**2), backward.sum(dim=-2, keepdim=True))
+        both = (forward * backward) @ share.mT  # sums below 2^51
+        return feature.float(), fixed.divide(both * (1 / WEIGHT_ONE), total).float()
 
-    def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
-        products = (query.double() * keys.double()).sum(dim=2)
-        scores = products * _score_unit(query.shape[2] ** -0.5) + position.double()
-        weights = self._softmax(scores, dim=1) * scores.shape[1]
-        weighted = near.double() * weights[:, :, None] / WEIGHT_ONE
-        return fixed.saturate(fixed.round_half_up(weighted)).float()
+    def attend_neighbours(self, query: Tensor, keys: list[Tensor], near: list[Tensor], position: Tensor) -> Tensor:
+        wide_query = query.double()
+        products = torch.stack([(wide_query * key.double()).sum(dim=1) for key in keys], dim=1)
+        scores = products * _score_unit(query.shape[1] ** -0.5) + position.double()
+        weights = self._softmax(scores, dim=1) * (len(keys) / WEIGHT_ONE)
+        weighted = [fixed.round_half_up(x.double() * weights[:, s : s + 1]).float() for s, x in enumerate(near)]
+        return fixed.saturate(torch.cat(weighted, dim=1))
 
     def certain(self, like: Tensor) -> Tensor:
         return torch.full_like(like, WEIGHT_ONE)
@@ -158,7 +160,7 @@ class Fixed:
 
     def blend(self, consistency: Tensor, features: Tensor) -> Tensor:
         weight = fixed.exp_below_maximum(consistency.double() / WEIGHT_ONE, self.exp_table, dim=0)
-        return fixed.divide((weight * features.double()).sum(dim=0), weight.sum(dim=0)).float()
+        return fixed.divide((weight * features).sum(dim=0), weight.sum(dim=0)).float()
 
     def _match(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Real scores [B, P, R], float64."""

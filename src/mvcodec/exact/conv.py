@@ -138,7 +138,8 @@ class ExactConvolution(Block):
         limit = self.integers.input_limit
         if limit == ACTIVATION_LIMIT:
             return x
-        return fixed.floor(x * self.input_scale + 0.5).clamp(-limit, limit)
+        rounded = fixed.round_half_up(x * self.input_scale)
+        return rounded.clamp(-limit, limit) if rounded.requires_grad else rounded.clamp_(-limit, limit)
 
     def _sums(self, x: Tensor, offsets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
         """The exact sum in units of an activation; of a split layer in two parts."""

@@ -31,12 +31,12 @@ def saturate(x: Tensor) -> Tensor:
 
 def to_activation(x: Tensor) -> Tensor:
     """Real numbers -> activations [float32 integers]. x must be a fresh tensor."""
-    return saturate(floor(x * ACTIVATION_UNIT + 0.5)).float()
+    return saturate(round_half_up(x * ACTIVATION_UNIT)).float()
 
 
 def round_half_up(x: Tensor) -> Tensor:
-    """floor(x + 1/2)."""
-    return floor(x + 0.5)
+    """floor(x + 1/2). x must be a fresh tensor."""
+    return floor(x + 0.5) if x.requires_grad else x.add_(0.5).floor_()
 
 
 def exp_table() -> NDArray[np.int32]:
@@ -47,7 +47,9 @@ def exp_table() -> NDArray[np.int32]:
 def exp_below_maximum(scores: Tensor, table: Tensor, dim: int) -> Tensor:
     """exp(scores - max) as integers out of WEIGHT_ONE. scores: float64, real; table: [EXP_LENGTH] float64 integers."""
     below = (scores.amax(dim, keepdim=True) - scores) * EXP_STEPS
-    values = table[below.detach().clamp(max=EXP_LENGTH - 1).long()]  # conversion to integers truncates: below >= 0
+    # Conversion to integers truncates, and below >= 0. By way of int32: the direct one is not vectorised.
+    index = below.detach().clamp(max=EXP_LENGTH - 1).int().long()
+    values = table.gather(0, index.flatten()).view_as(index)
     if scores.requires_grad:
         smooth = WEIGHT_ONE * torch.exp(-below / EXP_STEPS)
         return smooth + (values - smooth.detach())
@@ -55,8 +57,8 @@ def exp_below_maximum(scores: Tensor, table: Tensor, dim: int) -> Tensor:
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Integers in float64, |numerator| < 2^52, denominator >= 1 -> the quotient rounded half up.
+    """Integers in float64, |numerator| < 2^52, 1 <= denominator <= 2^28, |quotient| < 2^20 -> it rounded half up.
 
-    The quotient of two such numbers is never so close below an integer that float64 would round it up to it.
+    Such a quotient is a multiple of 1/2 or at least 2^-29 away from one: float64's error of 2^-33 moves none across.
     """
-    return floor((2 * numerator + denominator) / (2 * denominator))
+    return round_half_up(numerator / denominator)

@@ -22,37 +22,41 @@ from mvcodec.exact.fixed import ACTIVATION_LIMIT, ACTIVATION_UNIT, PARAMETER_GRI
 from mvcodec.exact.stored import exact_layers, other_parameters
 from mvcodec.exact.proof import FLOAT32_BOUND, HALF_LIMIT, largest_sum
 
-FINEST = 15  # fraction bits beyond which nothing is gained: a quarter of a percent of an activation's unit
+FINEST = 15  # fraction bits beyond which nothing is gained
 HEADROOM = 1.25  # over the largest input seen in calibration
+NARROW_LIMITS = tuple((1 << bits) - 1 for bits in range(7, 14))  # of inputs read with 8 to 14 bits
 
-Ranges = dict[str, NDArray[np.float64]]  # layer name -> largest |input| seen, per input channel, in real units
 
+@dataclass
+class Seen:
+    """Inputs of a layer in calibration, per input channel, in real units."""
 
-@dataclass(frozen=True)
-class Precision:
-    """How a layer reads its input: with 16 bits, or rounded to fewer so that one float32 convolution is exact."""
-
-    input_limit: int
+    largest: NDArray[np.float64]
+    square: NDArray[np.float64]  # sum of mean squares over runs
+    runs: int = 0
 
     @property
-    def wide(self) -> bool:
-        return self.input_limit == ACTIVATION_LIMIT
+    def power(self) -> NDArray[np.float64]:
+        return self.square / self.runs
 
 
-WIDE = Precision(ACTIVATION_LIMIT)  # two float32 convolutions
-NARROW = Precision(127)  # one, of 8-bit inputs
+Ranges = dict[str, Seen]  # by layer name
 
 
 @contextmanager
 def observe(network: nn.Module) -> Iterator[Ranges]:
-    """Inside the `with`, every run of `network` in FLOAT arithmetic widens the ranges."""
+    """Inside the `with`, every run of `network` in FLOAT arithmetic adds to the ranges."""
     ranges: Ranges = {}
     handles = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = inputs[0].detach().abs().amax(dim=(0, 2, 3)).double().cpu().numpy()
-            ranges[name] = np.maximum(ranges.get(name, 0.0), seen)
+            x = inputs[0].detach().double()
+            largest, power = (v.cpu().numpy() for v in (x.abs().amax(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))))
+            seen = ranges.setdefault(name, Seen(np.zeros_like(largest), np.zeros_like(power)))
+            seen.largest = np.maximum(seen.largest, largest)
+            seen.square += power
+            seen.runs += 1
 
         return note
 
@@ -65,60 +69,68 @@ def observe(network: nn.Module) -> Iterator[Ranges]:
             handle.remove()
 
 
-def input_shifts(largest: NDArray[np.float64], precision: Precision) -> NDArray[np.int8]:
+def input_shifts(largest: NDArray[np.float64], limit: int) -> NDArray[np.int8]:
     """r per input channel: the finest with which the largest input stays inside the limit."""
-    steps = HEADROOM * ACTIVATION_UNIT * np.maximum(largest, 1e-12) / precision.input_limit
-    shifts = np.clip(np.ceil(np.log2(steps)), *INPUT_SHIFTS)
-    return (0 * shifts if precision.wide else shifts).astype(np.int8)
+    steps = HEADROOM * ACTIVATION_UNIT * np.maximum(largest, 1e-12) / limit
+    shifts: NDArray[np.int8] = np.clip(np.ceil(np.log2(steps)), *INPUT_SHIFTS).astype(np.int8)
+    return shifts
 
 
-def integers_of(layer: ExactConvolution, shifts: NDArray[np.int8], precision: Precision) -> Integers:
-    """Round a layer's float weights on the finest grid per output channel that float32 sums allow.
+def wide_integers(layer: ExactConvolution) -> Integers:
+    """16-bit inputs, two float32 convolutions."""
+    return _integers(layer, np.zeros(layer._channels[1], np.int8), ACTIVATION_LIMIT)
 
-    Where even the coarsest is too fine for that, the grid is as fine as 16-bit weights go: float64 will do.
+
+def narrow_integers(layer: ExactConvolution, seen: Seen) -> Integers:
+    """One float32 convolution: its room is divided between the bits of inputs and of weights for the least noise."""
+    candidates = [_integers(layer, input_shifts(seen.largest, limit), limit) for limit in NARROW_LIMITS]
+    return min(candidates, key=lambda integers: _noise(layer, integers, seen))
+
+
+def quantise(network: nn.Module, ranges: Ranges, wide: Callable[[str], bool] = lambda _: True) -> None:
+    """Give every exact layer of `network` its integers; other parameters move to their grid.
+
+    wide: whether the layer of this name reads 16 bits. Layers that never ran while observed do so anyway.
     """
+    for name, layer in exact_layers(network).items():
+        seen = ranges.get(name)
+        layer.set_integers(wide_integers(layer) if seen is None or wide(name) else narrow_integers(layer, seen))
+    with torch.no_grad():
+        for value in other_parameters(network).values():
+            value.copy_((value.double() * PARAMETER_GRID).round() / PARAMETER_GRID)
+
+
+def _integers(layer: ExactConvolution, shifts: NDArray[np.int8], limit: int) -> Integers:
+    """Round a layer's float weights, per output channel on the finest grid that exact float32 sums allow."""
     weight = layer.weight.detach().double().cpu().numpy() * layer._along_input(np.exp2(shifts.astype(np.float64)))
     bias = layer.bias.detach().double().cpu().numpy() * ACTIVATION_UNIT
     bits = np.full(len(bias), FINEST, dtype=np.int64)
-    limit = HALF_LIMIT if precision.wide else precision.input_limit
+    others = (1, 2, 3) if not layer.transposed else (0, 2, 3)
+    wide = limit == ACTIVATION_LIMIT
     while True:
         scale = np.exp2(bits)
         rounded = np.floor(weight * layer._along_output(scale) + 0.5)
         whole_bias = np.floor(bias * scale + 0.5)
         sums = largest_sum(np.clip(rounded, -(2**31), 2**31).astype(np.int64), layer._tap_stride, layer.transposed)
         offset = np.abs(whole_bias) + scale / 2
-        room = limit * sums + (offset / 256 if precision.wide else offset) + 256
-        axes = tuple(a for a in range(4) if a != (1 if layer.transposed else 0))
-        largest = np.abs(rounded).max(axis=axes)
-        too_fine = (room >= FLOAT32_BOUND) | (largest > WEIGHT_LIMIT)
+        room = HALF_LIMIT * sums + offset / 256 + 256 if wide else limit * sums + offset
+        too_fine = (room >= FLOAT32_BOUND) | (np.abs(rounded).max(axis=others) > WEIGHT_LIMIT)
         if not too_fine.any():
             break
         bits[too_fine] -= 1
         if bits.min() < FRACTION_BITS[0]:
             raise ModelError("weights of a layer are too large for exact arithmetic")
-    return Integers(
-        rounded.astype(np.int16),
-        whole_bias.astype(np.int32),
-        bits.astype(np.int8),
-        shifts,
-        precision.input_limit,
-    )
+    return Integers(rounded.astype(np.int16), whole_bias.astype(np.int32), bits.astype(np.int8), shifts, limit)
 
 
-def quantise(network: nn.Module, ranges: Ranges, precision: Callable[[str], Precision] | None = None) -> None:
-    """Give every exact layer of `network` its integers; other parameters move to their grid.
-
-    precision: of each layer, by name. Without it, and for layers that never ran while observed: 16-bit inputs.
-    """
-    for name, layer in exact_layers(network).items():
-        seen = ranges.get(name)
-        chosen = precision(name) if precision and seen is not None else WIDE
-        into = layer._channels[1]
-        shifts = input_shifts(seen if seen is not None else np.zeros(into), chosen)
-        layer.set_integers(integers_of(layer, shifts, chosen))
-    with torch.no_grad():
-        for value in other_parameters(network).values():
-            value.copy_((value.double() * PARAMETER_GRID).round() / PARAMETER_GRID)
+def _noise(layer: ExactConvolution, integers: Integers, seen: Seen) -> float:
+    """Expected squared error of the outputs, of rounded inputs and of rounded weights, summed over channels."""
+    weight = layer.weight.detach().double().cpu().numpy()
+    shift = layer._along_input(np.exp2(integers.input_shift.astype(np.float64)))
+    step = layer._along_output(np.exp2(-integers.fraction_bits.astype(np.float64)))
+    from_inputs = (np.square(weight * shift) / (12 * ACTIVATION_UNIT**2)).sum()
+    error = integers.weight * step / shift - weight
+    return float(from_inputs + (np.square(error) * layer._along_input(seen.power)).sum())
 
 
 def fix(network: nn.Module, table: Tensor | None = None) -> None:

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 
-def _odd_rows(height: int, device: torch.device) -> Tensor:
+def odd_rows(height: int, device: torch.device) -> Tensor:
+    """[H, 1], true in rows 1, 3, ..."""
     return (torch.arange(height, device=device) % 2 == 1)[:, None]
 
 
 def split(full: Tensor) -> tuple[Tensor, Tensor]:
     """[.., H, W] -> (anchors, non-anchors), each [.., H, W / 2]."""
     even, odd = full[..., 0::2], full[..., 1::2]
-    row_is_odd = _odd_rows(full.shape[-2], full.device)
+    row_is_odd = odd_rows(full.shape[-2], full.device)
     return torch.where(row_is_odd, even, odd), torch.where(row_is_odd, odd, even)
 
 
 def merge(anchor: Tensor, non_anchor: Tensor) -> Tensor:
     """Inverse of `split`."""
-    row_is_odd = _odd_rows(anchor.shape[-2], anchor.device)
+    row_is_odd = odd_rows(anchor.shape[-2], anchor.device)
     even = torch.where(row_is_odd, anchor, non_anchor)
     odd = torch.where(row_is_odd, non_anchor, anchor)
     return torch.stack([even, odd], dim=-1).flatten(-2)

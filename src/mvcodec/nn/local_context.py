@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvcodec.exact.arithmetic import Block
 from mvcodec.exact.conv import Conv
-from mvcodec.nn.checkerboard import split
+from mvcodec.nn.checkerboard import odd_rows
 
 
 class CheckerboardAttention(Block):
@@ -30,17 +30,31 @@ class CheckerboardAttention(Block):
         self.join = Conv(len(self.offsets) * channels, channels_out, 1)
         self.out = Conv(channels_out, channels_out, 1)
 
-    def forward(self, anchor_full: Tensor, guide: Tensor) -> Tensor:
-        """anchor_full [B, C, H, W] with non-anchors zero; guide [B, G, H, W / 2] at the non-anchors."""
-        height, width = anchor_full.shape[-2:]
-        near = self._neighbours(anchor_full, height, width)  # [B, 12, C, H, W / 2]
-        keys = self._neighbours(self.key(anchor_full), height, width)
+    def forward(self, anchor: Tensor, guide: Tensor) -> Tensor:
+        """anchor [B, C, H, W / 2] values; guide [B, G, H, W / 2] at the non-anchors."""
         a = self.arithmetic
-        weighted = a.attend_neighbours(self.query(guide)[:, None], keys, near, self.position)
-        return self.out(a.leaky(self.join(weighted.flatten(1, 2))))
+        keys, near = self._neighbours(self.key(anchor)), self._neighbours(anchor)
+        weighted = a.attend_neighbours(self.query(guide), keys, near, self.position)
+        return self.out(a.leaky(self.join(weighted)))
 
-    def _neighbours(self, full: Tensor, height: int, width: int) -> Tensor:
-        r = self.reach
-        padded = F.pad(full, (r, r, r, r))
-        shifted = [padded[:, :, r + dy : r + dy + height, r + dx : r + dx + width] for dy, dx in self.offsets]
-        return split(torch.stack(shifted, dim=1))[1]
+    def _neighbours(self, anchor: Tensor) -> list[Tensor]:
+        """Per offset, the anchor at that place from each non-anchor: [B, C, H, W / 2] each, zero outside.
+
+        Packed rows: non-anchor j of an odd row stands in column 2 j + 1, of an even row in 2 j; anchors the other way
+        round. A neighbour in a row of the other parity is dx / 2 further; in one of the same, (dx - 1) / 2 from even
+        rows and (dx + 1) / 2 from odd ones.
+        """
+        height, width = anchor.shape[-2:]
+        up, side = self.reach, self.reach // 2 + 1
+        padded = F.pad(anchor, (side, side, up, up))
+        odd_row = odd_rows(height, anchor.device)
+
+        def shifted(dy: int, steps: int) -> Tensor:
+            return padded[..., up + dy : up + dy + height, side + steps : side + steps + width]
+
+        return [
+            shifted(dy, dx // 2)
+            if dy % 2
+            else torch.where(odd_row, shifted(dy, (dx + 1) // 2), shifted(dy, (dx - 1) // 2))
+            for dy, dx in self.offsets
+        ]

@@ -189,6 +189,7 @@ class ParaEM(Block):
         hyper_anchor, hyper_other = split(hyper)
         done: list[Tensor] = []  # y_hat of each finished slice, in quantiser steps
         seen: list[Tensor] = []  # the same in units
+        seen_halves: list[tuple[Tensor, Tensor]] = []  # and once more, as anchors and non-anchors
         features: list[SourceFeatures] = []  # what PCCM needs of each
         for i, model in enumerate(self.models):
             channels = slice(i * self.slice_channels, (i + 1) * self.slice_channels)
@@ -199,20 +200,20 @@ class ParaEM(Block):
                 if self.source is not None:
                     features.append(self.source.features(seen[-1]))
                 guide = model.channel_context(seen, self.source, features)
-                known = torch.cat([guide, *seen], dim=1) if model.raw_slices else guide
-                for inputs, half in zip((anchor_inputs, other_inputs), split(known), strict=True):
-                    inputs.append(half)
+                known = [split(guide), *seen_halves] if model.raw_slices else [split(guide)]
+                anchor_inputs += [half for half, _ in known]
+                other_inputs += [half for _, half in known]
 
             mu, ln_sigma = model.anchor_parameters(torch.cat(anchor_inputs, dim=1))
             anchor = code(2 * i, mu * unit, ln_sigma + prior)
 
             anchor_seen = self.arithmetic.enter(anchor / unit)
-            anchor_full = merge(anchor_seen, torch.zeros_like(anchor_seen))
-            local = model.local_context(anchor_full, split(guide)[1])
+            local = model.local_context(anchor_seen, split(guide)[1])
             global_ = model.global_context(anchor_seen, seen[-1] if model.guided_by_last else guide)
             mu, ln_sigma = model.other_parameters(torch.cat([*other_inputs, local, global_], dim=1))
             other = code(2 * i + 1, mu * unit, ln_sigma + prior)
 
             done.append(merge(anchor, other))
-            seen.append(self.arithmetic.enter(done[-1] / unit))
+            seen_halves.append((anchor_seen, self.arithmetic.enter(other / unit)))
+            seen.append(merge(*seen_halves[-1]))
         return torch.cat(done, dim=1)

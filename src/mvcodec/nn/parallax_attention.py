@@ -22,7 +22,7 @@ from torch import Tensor
 from mvcodec.exact.arithmetic import FLOAT, Arithmetic, Block
 from mvcodec.nn.selective_kernel import SelectiveKernel
 
-CHUNK_ELEMENTS = 1 << 24  # attention entries held at once: 64 MiB of float32
+CHUNK_ELEMENTS = 1 << 18  # attention entries held at once: few enough to stay in the processor's cache
 
 
 class Aligned(NamedTuple):
