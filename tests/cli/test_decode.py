@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image as pil
 
 import mvcodec
 from mvcodec import container
+from mvcodec.cli.maps import colours
 from mvcodec.errors import UsageError
 
 from .conftest import Cli
@@ -208,3 +210,47 @@ def test_python_errors_are_ours(cli: Cli) -> None:
         mvcodec.encode(np.zeros((4, 4)))
     with pytest.raises(AttributeError, match="has no attribute 'compress'"):
         mvcodec.compress  # noqa: B018
+
+
+def test_each_peer_and_its_mean_weight_are_told(cli: Cli, coded: Path) -> None:
+    """An untrained refinement changes nothing, but weighs its peers; a view's own weight is the rest of 1."""
+    views = [r for r in cli("decode", coded, "-o", "out", "--json").records if r["output"].endswith("0000.png")]
+    assert [r["peers"] for r in views] == [["C2"], ["C1"]]
+    for record in views:
+        assert len(record["weights"]) == 1
+        assert 0 <= record["weights"][0] <= 0.5
+    said = cli("decode", coded / "C1/00000000.phv", coded / "C2/00000000.phv", "-o", "again").err
+    assert re.search(r"with C2 \(\d+%\)", said)
+    for option in ("--preview", "--no-refine"):
+        assert [r["weights"] for r in cli("decode", coded, "-o", f"out{option}", option, "--json").records] == [
+            None
+        ] * 4
+
+
+def test_maps_show_what_each_peer_contributed(cli: Cli, coded: Path) -> None:
+    outcome = cli("decode", coded, "-o", "out", "--only", "C1", "--maps", "maps", "--json")
+    expected = [f"maps/C1/0000000{frame}.from_C2.png" for frame in (0, 1)]
+    assert sorted(p.as_posix() for p in Path("maps").rglob("*.*")) == expected
+    assert [Path(m).as_posix() for r in outcome.records for m in r["maps"]] == expected
+    assert pixels(expected[0]).shape == pixels("out/C1/00000000.png").shape == (50, 70, 3)
+    assert not pixels(expected[0])[..., 2].any()  # red to green
+    # nothing is overwritten unasked, and it is told before any work
+    again = cli("decode", coded, "-o", "new", "--maps", "maps")
+    assert again.code == UsageError.exit_code
+    assert "from_C2.png: exists; overwrite with -f" in again.err
+    assert not Path("new").exists()
+    assert cli("decode", coded, "-o", "new", "--maps", "maps", "-f").code == 0
+
+
+@pytest.mark.parametrize(("asked", "against"), [(["--maps", "m"], "--preview"), (["--max-peers", "1"], "--no-refine")])
+def test_what_is_about_peers_needs_them(cli: Cli, coded: Path, asked: list[str], against: str) -> None:
+    outcome = cli("decode", coded, "-o", "out", *asked, against)
+    assert outcome.code == UsageError.exit_code
+    assert f"{asked[0]} is about the peers that {against} leaves out" in outcome.err
+
+
+def test_maps_are_red_for_nothing_and_green_for_a_half() -> None:
+    shares = np.array([[0, 64, 128, 255]], np.uint8)
+    drawn = colours(shares)[0].astype(int)
+    for found, expected in zip(drawn, [(255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 0)], strict=True):
+        assert abs(found - expected).max() <= 2

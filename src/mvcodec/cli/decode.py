@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,7 @@ from mvcodec.errors import BitstreamError, MvcodecError, PictureError, UsageErro
 from mvcodec.frames import MAX_PIXELS, STREAM_SUFFIX, Instant, Source, instants, safe_path
 
 if TYPE_CHECKING:
+    from mvcodec.cli.maps import Maps
     from mvcodec.codec import DecodedView
 
 FORMATS = ("png", "tif", "ppm", "bmp", "jpg", "webp")
@@ -53,6 +54,24 @@ class Received:
 )
 @click.option("--require", type=click.IntRange(min=1), metavar="N", help="Fail an instant with fewer than N views.")
 @click.option("--preview", is_flag=True, help="Decode each view alone: faster, without help from the others.")
+@click.option(
+    "--no-refine",
+    is_flag=True,
+    help="Leave out the alignment of views at pixel level and all that peers add by it. Left in: Para-JD's fusion of "
+    "the views' features, and the part of the refinement that cleans each view by itself.",
+)
+@click.option(
+    "--max-peers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Align each view with its N most consistent peers only: time then grows with N, not with the views.",
+)
+@click.option(
+    "--maps",
+    metavar="DIR",
+    help="Write there, per view and peer, what the peer contributed: DIR/VIEW.from_PEER.png, red for nothing, yellow "
+    "for a quarter, green for half and more.",
+)
 @click.option("--partial", is_flag=True, help="Of a damaged or truncated file decode what is intact.")
 @click.option(
     "--window-us",
@@ -81,6 +100,9 @@ def decode(
     only: tuple[str, ...],
     require: int | None,
     preview: bool,
+    no_refine: bool,
+    max_peers: int | None,
+    maps: str | None,
     partial: bool,
     window_us: int,
     max_pixels: int,
@@ -96,7 +118,11 @@ def decode(
         cat *.phv | mvcodec decode - -o out/
     """
     from mvcodec import images
+    from mvcodec.cli.maps import Maps
 
+    if (preview or no_refine) and (maps or max_peers):
+        asked, against = "--maps" if maps else "--max-peers", "--preview" if preview else "--no-refine"
+        raise UsageError(f"{asked} is about the peers that {against} leaves out")
     targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
     targets.check_stdout(report.as_json)
     views: list[Received] = []
@@ -113,6 +139,9 @@ def decode(
         raise UsageError(str(error)) from error
     paths = targets.plan([(view.source, suffix) for view in wanted])
     places = {id(view): path for view, path in zip(wanted, paths, strict=True)}
+
+    drawn = Maps(maps, [view.source for view in wanted], force or skip_existing) if maps else None
+    how = {"joint": not preview, "refine": not no_refine, "max_peers": max_peers, "maps": drawn is not None}
 
     groups = instants(views, lambda view: view.instant, window_us)
     everyone = {view.header.camera_id for view in views}
@@ -131,13 +160,13 @@ def decode(
             report.note(f"{instant}: without {', '.join(sorted(absent))}")
         with report.file(name):
             started = time.perf_counter()
-            decoded = _decode(report, members, require, preview, partial, max_memory, model, device)
+            decoded = _decode(report, members, require, partial, model, device, {**how, "max_memory": max_memory})
             seconds = time.perf_counter() - started
             report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
             for view in todo:
                 if id(view) in decoded:
                     with report.file(view.name):
-                        _deliver(report, targets, view, decoded[id(view)], places[id(view)], suffix, seconds)
+                        _deliver(report, targets, view, decoded[id(view)], places[id(view)], suffix, seconds, drawn)
     report.finish()
 
 
@@ -168,11 +197,10 @@ def _decode(
     report: Report,
     members: Sequence[Received],
     require: int | None,
-    preview: bool,
     partial: bool,
-    max_memory: int | None,
     model: str | None,
     device: str,
+    how: dict[str, Any],
 ) -> dict[int, DecodedView]:
     """Decode what is intact of one instant -> id of the received file: its picture."""
     _refuse_twins(members)
@@ -198,9 +226,7 @@ def _decode(
         streams = [stream for _, stream in intact if stream.header.model_id == model_id]
         names = ", ".join(owner[id(stream.header)].name for stream in streams)
         with report.file(names):
-            decoded += api.decode_set(
-                streams, joint=not preview, max_memory=max_memory, model=model, device=device, on_failure=failed
-            )
+            decoded += api.decode_set(streams, model=model, device=device, on_failure=failed, **how)
     if require and len(decoded) < require:
         raise MvcodecError(f"{len(decoded)} of the {require} views required")
     return {id(owner[id(view.header)]): view for view in decoded}
@@ -223,11 +249,15 @@ def _deliver(
     path: Path,
     suffix: str,
     seconds: float,
+    drawn: Maps | None,
 ) -> None:
     from mvcodec import images
 
     targets.write(path, images.to_bytes(decoded.image, suffix))
     header = decoded.header
+    maps = []
+    if drawn is not None and decoded.maps is not None:
+        maps = drawn.write(view.source, decoded.peers, decoded.maps)
     damage = None if decoded.damage is None else decoded.damage.reason
     record = {
         "file": view.name,
@@ -238,11 +268,21 @@ def _deliver(
         "width": header.width,
         "height": header.height,
         "peers": list(decoded.peers),
+        "weights": None if decoded.weights is None else [round(weight, 4) for weight in decoded.weights],
+        "maps": [label(path) for path in maps],
         "damage": damage,
         "seconds": round(seconds, 3),
     }
-    helpers = ", ".join(decoded.peers) if len(decoded.peers) < 4 else f"{len(decoded.peers)} others"
-    helped = f", with {helpers}" if helpers else ", alone"
+    helped = f", with {_helpers(decoded)}" if decoded.peers else ", alone"
     if damage:
         report.note(f"{view.name}: {damage}; decoded what is intact")
     report.result(record, f"{view.name} -> {label(path)}: {header.width} x {header.height}{helped}", err=True)
+
+
+def _helpers(decoded: DecodedView) -> str:
+    """The peers and, where they were aligned, the mean weight of each: "C2 (31%), C3 (8%)"."""
+    if decoded.weights is None:
+        return ", ".join(decoded.peers) if len(decoded.peers) < 4 else f"{len(decoded.peers)} others"
+    used = sorted(zip(decoded.weights, decoded.peers, strict=True), key=lambda peer: -peer[0])
+    shown = [f"{name or 'one unnamed'} ({weight:.0%})" for weight, name in used[:3]]
+    return ", ".join([*shown, *([f"{len(used) - 3} more"] if len(used) > 3 else [])])

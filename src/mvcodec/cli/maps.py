@@ -1,0 +1,50 @@
+"""Pictures of who helped where: per view and peer the peer's share, red to green (ParaHydra Fig. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvcodec import images
+from mvcodec.errors import UsageError
+from mvcodec.files import atomic
+from mvcodec.frames import Source, safe_path
+
+FULL = 0.5  # share from which green is pure: a view and one peer that count alike
+
+
+def colours(share: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Shares [H, W] of 255 -> [H, W, 3]: red for nothing, yellow for a quarter, green for a half and more."""
+    x = np.minimum(share / (255 * FULL), 1)
+    rgb = np.stack((np.minimum(2 - 2 * x, 1), np.minimum(2 * x, 1), np.zeros_like(x)), axis=-1)
+    picture: NDArray[np.uint8] = (255 * rgb).round().astype(np.uint8)
+    return picture
+
+
+class Maps:
+    """Where the maps of each view go: `DIR/view.from_PEER.png`, folders as those of the inputs."""
+
+    def __init__(self, folder: str, views: Iterable[Source], overwrite: bool) -> None:
+        """Raise UsageError, before any work is done, where `folder` is a file or maps of a view are there already."""
+        self.folder = Path(folder)
+        if self.folder.is_file():
+            raise UsageError(f"--maps {folder}: is a file, not a folder")
+        for view in views:
+            place = self.folder / view.relative
+            for path in [] if overwrite else sorted(place.parent.glob("*.png")):
+                if path.name.startswith(f"{place.stem}.from_"):
+                    raise UsageError(f"{path}: exists; overwrite with -f")
+
+    def write(self, view: Source, peers: Iterable[str], shares: NDArray[np.uint8]) -> list[Path]:
+        """One picture per peer, of shares [S, H, W]; -> their paths."""
+        paths = []
+        for number, (peer, share) in enumerate(zip(peers, shares, strict=True)):
+            name = safe_path(peer, None, None) if peer else f"view{number}"
+            path = self.folder / view.relative.with_name(f"{view.relative.stem}.from_{name}.png")
+            with atomic(path) as file:
+                file.write(images.to_bytes(images.Image(colours(share)), ".png"))
+            paths.append(path)
+        return paths
