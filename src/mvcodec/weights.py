@@ -182,8 +182,9 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     for part in EXACT_PARTS:
         load_tensors(net.get_submodule(part), tensors, f"{part}.")
         fix(net.get_submodule(part), torch.from_numpy(exponentials))
-    net.g_a.to(memory_format=torch.channels_last)
-    net.para_jd.to(memory_format=torch.channels_last)
+    for module in (net.g_a, net.para_jd, net.refinement):
+        if module is not None:
+            module.to(memory_format=torch.channels_last)
     boundaries = torch.from_numpy(thresholds / 65536).to(device)
     return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, about)
 
