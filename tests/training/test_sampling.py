@@ -64,3 +64,13 @@ def test_jitter_is_per_view(batches):
     change = (jittered.float() - plain).mean(dim=(2, 3, 4))
     assert (change != 0).all()
     assert (change[:, 0] - change[:, 1]).abs().mean() > 1
+
+
+def test_scarce_sets_of_many_views_are_complemented(batches):
+    sampler = batches.sampler
+    scenes = [*sampler.scenes, replace(sampler.scenes[0], views=sampler.scenes[0].views * 2, shifts=((0, 0),) * 4)]
+    sampler = replace(sampler, scenes=scenes, synthetic=0.3)
+    assert sampler.share_made(sampler.usable(2)) == 0.3
+    assert sampler.share_made(sampler.usable(4)) == 0.5  # 4 of 8 photographs are in such a scene
+    assert sampler.share_made(sampler.usable(5)) == 1
+    assert replace(sampler, synthetic=0.0).share_made(sampler.usable(4)) == 0

@@ -40,8 +40,8 @@ def draw(run: Path) -> None:
     if not log:
         return
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    loss, rate = figure.subplots(1, 2)
+    figure = Figure(figsize=(11 if validation else 6, 4), layout="constrained")
+    loss, *rates = figure.subplots(1, 2 if validation else 1, squeeze=False)[0]
     steps, values = np.array(log["step"]), np.array(log["loss"])
     span = max(1, len(values) // 50)
     whole = len(values) // span * span
@@ -49,12 +49,12 @@ def draw(run: Path) -> None:
     loss.plot(*(x[:whole].reshape(-1, span).mean(axis=1) for x in (steps, values)), label=f"mean of {span}")
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
     loss.legend()
-    for step in sorted(set(validation.get("step", []))):
-        of_step = [i for i, s in enumerate(validation["step"]) if s == step]
-        bpp, psnr = ([validation[name][i] for i in of_step] for name in ("bpp", "psnr_joint"))
-        rate.plot(bpp, psnr, marker=".", label=f"step {step:.0f}")
-    rate.set(xlabel="estimated bpp", ylabel="PSNR of joint decoding (dB)", title="validation")
-    if validation:
+    for rate in rates:
+        for step in sorted(set(validation["step"])):
+            of_step = [i for i, s in enumerate(validation["step"]) if s == step]
+            bpp, psnr = ([validation[name][i] for i in of_step] for name in ("bpp", "psnr_joint"))
+            rate.plot(bpp, psnr, marker=".", label=f"step {step:.0f}")
+        rate.set(xlabel="estimated bpp", ylabel="PSNR of joint decoding (dB)", title="validation")
         rate.legend(fontsize="x-small", ncols=2)
     with atomic(run / "curves.png") as file:
         figure.savefig(file, format="png", dpi=100)

@@ -1,7 +1,8 @@
 """Scenes of overlapping photographs in memory.
 
-A scene is a folder of pictures (`DATA/scene/view.webp`, also one level deeper for shards). All are decoded once and
-kept as uint8. How the views of a scene lie to each other is found once and kept in the user's cache.
+A scene is a folder of pictures (`DATA/scene/view.webp`, also one level deeper for shards) or an instant of a rig
+(`DATA/C1/0007.png`, `DATA/cam1_0007.png`). All are decoded once and kept as uint8. How the views of a scene lie to each
+other is found once and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.files import atomic
-from mvcodec.frames import PICTURE_SUFFIXES
+from mvcodec.frames import PICTURE_SUFFIXES, name_of
 from mvcodec.parahydra import PAD_MULTIPLE
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
@@ -46,14 +47,23 @@ class Scene:
 
 
 def find_scenes(folder: Path) -> dict[str, list[Path]]:
-    """Every folder below `folder` that holds pictures, as scene name -> sorted files."""
+    """The pictures below `folder` as scene name -> sorted files, one scene for each place and instant."""
     scenes: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURE_SUFFIXES:
-            scenes.setdefault(str(path.parent.relative_to(folder)), []).append(path)
+            scenes.setdefault(scene_of(path.relative_to(folder)), []).append(path)
     if not scenes:
         raise UsageError(f"{folder}: holds no pictures; give a folder of scenes, each a folder of views")
     return scenes
+
+
+def scene_of(path: Path) -> str:
+    """C1/0007.png belongs with C2/0007.png, cam1_0007.png with cam2_0007.png, anything else with its folder."""
+    camera, frame, _ = name_of(path)
+    if frame is None:
+        return str(path.parent)
+    place = path.parent.parent if path.parent.name == camera else path.parent
+    return str(place / str(frame))
 
 
 def global_shift(reference: Picture, other: Picture) -> tuple[int, int]:

@@ -68,27 +68,31 @@ class CropSampler:
         return limit if self.synthetic else min(limit, max(found, default=1))
 
     def batch(self, step: int, part: Part, views: int) -> Tensor:
-        scenes = self.usable(views)
-        lone = self.usable(1) if self.synthetic else []
-        if not scenes and not lone:
+        sets = self.usable(views)
+        if not sets and not (self.synthetic and self.usable(1)):
             raise UsageError(f"no scene has {views} views of at least {self.size}x{self.size}")
-        return torch.from_numpy(
-            np.stack([self._crop_set(scenes, lone, views, step, index) for index in part.indices])
-        ).permute(0, 1, 4, 2, 3)
+        crops = [self._crop_set(sets, views, np.random.default_rng((self.seed, step, 0, i))) for i in part.indices]
+        return torch.from_numpy(np.stack(crops)).permute(0, 1, 4, 2, 3)
 
-    def _crop_set(self, scenes: list[Scene], lone: list[Scene], views: int, step: int, index: int) -> Picture:
-        rng = np.random.default_rng((self.seed, step, 0, index))
-        if views > 1 and lone and (not scenes or rng.random() < self.synthetic):
-            scene = _pick(lone, rng)
+    def _crop_set(self, sets: list[Scene], views: int, rng: np.random.Generator) -> Picture:
+        if views > 1 and rng.random() < self.share_made(sets):
+            scene = _pick(self.usable(1), rng)
             crops = synthetic_views(scene.views[rng.integers(len(scene.views))], views, self.size, rng)
         else:
-            crops = overlapping_crops(_pick(scenes, rng), views, self.size, rng)
+            crops = overlapping_crops(_pick(sets, rng), views, self.size, rng)
         flip = rng.integers(0, 4)  # the same for all views, so that geometry stays consistent
         if flip & 1:
             crops = crops[:, :, ::-1]
         if flip & 2:
             crops = crops[:, ::-1]
         return np.stack([other_camera(crop, rng) if rng.random() < self.jitter else crop for crop in crops])
+
+    def share_made(self, sets: list[Scene]) -> float:
+        """Of sets made from one picture: `synthetic`, and more where so few scenes have as many views that they would
+        come again and again."""
+        pairs = sum(len(scene.views) for scene in self.usable(2))
+        found = sum(len(scene.views) for scene in sets)
+        return max(self.synthetic, 1 - found / max(1, pairs)) if self.synthetic else 0.0
 
 
 def _pick(scenes: list[Scene], rng: np.random.Generator) -> Scene:
