@@ -45,13 +45,12 @@ class Processes:
         """The one that validates, writes and speaks."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model whose backward pass averages gradients over the processes."""
+    def wrap(self, model: nn.Module, device: torch.device, unused: bool) -> nn.Module:
+        """The model whose backward pass averages gradients over the processes; `unused`: some may get none."""
         if self.world == 1:
             return model
         devices = [device] if device.type == "cuda" else None
-        # Lone views leave the fusions without a gradient, hence the search for unused parameters.
-        return DistributedDataParallel(model, devices, broadcast_buffers=False, find_unused_parameters=True)
+        return DistributedDataParallel(model, devices, find_unused_parameters=unused)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes, the same for all."""

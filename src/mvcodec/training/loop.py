@@ -84,7 +84,7 @@ class Trainer:
                     )
                 optimizer.load_state_dict(state[name])
             self.step = state["step"]
-        network = self.processes.wrap(self.model, self.device)
+        network = self.processes.wrap(self.model, self.device, unused=self.fuse)  # the fusions, by lone views
         self.network: Callable[..., TrainingOutput] = torch.compile(network) if config.compile else network
 
     def _choose_parameters(self) -> None:
