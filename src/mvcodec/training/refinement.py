@@ -260,6 +260,7 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     net.to(device)
     refinement = net.refinement
     assert refinement is not None
+    refinement.to(memory_format=torch.channels_last)
     refinement.requires_grad_(False)
     for part in PARTS:
         refinement.get_submodule(part).requires_grad_(True)
