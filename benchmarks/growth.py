@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,13 @@ def grow(name: str, along: str, amounts: Sequence[int], pixels: Callable[[int], 
     }
 
 
-def measured(model: Model, task: speed.Task, runs: int) -> dict[str, Any]:
+def measured(model: Model, task: speed.Task, runs: int, clock: Callable[[], float]) -> dict[str, Any]:
     speed.forget_peak_memory(model.device)
     before = speed.peak_memory_bytes(model.device)
-    record = speed.measure(task, model, runs, warmup=0)
-    return {
-        "seconds": record["total_ms"] / 1000,
-        "bytes": max(1e6 * record["peak_memory_mb"] - before, 1.0),
-        "stages_ms": {stage: value["median_ms"] for stage, value in record["stages"].items()},
-    }
+    watch = speed.Stopwatch(model.device)
+    seconds = speed.seconds_of(lambda: task(watch), runs, 0, model.device, clock)
+    grown = speed.peak_memory_bytes(model.device) - before
+    return {"seconds": statistics.median(seconds), "bytes": max(grown, 1)}
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -92,10 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2, 3, 4, 6])
     parser.add_argument("--view-side", type=int, default=384, help="side of each view where their number grows")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor: the machine is busy")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
     model = load_model(options.model, options.device)
+    clock = speed.PROCESSOR if options.cpu_time else speed.WALL
     pictures = [images.read(path) for path in sorted(shipped("examples/nineveh").glob("*.webp"))]
 
     def views(count: int, side: int) -> list[images.Image]:
@@ -103,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def encoding(side: int) -> dict[str, Any]:
         file = images.to_bytes(views(1, side)[0])
-        return measured(model, speed.encoding(model, file, QUALITY), options.runs)
+        return measured(model, speed.encoding(model, file, QUALITY), options.runs, clock)
 
     def decoding(count: int, side: int, joint: bool) -> dict[str, Any]:
         files = [codec.encode_image(model, v, QUALITY, camera_id=str(k)) for k, v in enumerate(views(count, side))]
-        return measured(model, speed.decoding(model, files, joint), options.runs)
+        return measured(model, speed.decoding(model, files, joint), options.runs, clock)
 
     codec.decode_set(model, [codec.encode_image(model, views(1, 64)[0], QUALITY)])  # warm-up
     side = options.view_side
@@ -117,7 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grow("decode, alone", "views", options.views, lambda k: k * side**2, lambda k: decoding(k, side, False)),
         grow("decode, joint", "views", options.views, lambda k: k * side**2, lambda k: decoding(k, side, True)),
     ]
-    about = {"model": model.name, "view_side": side, **speed.machine(model.device)}
+    about = {
+        "model": model.name,
+        "view_side": side,
+        "clock": "processor" if options.cpu_time else "wall",
+        **speed.machine(model.device),
+    }
     for result in results:
         print(
             f"{result['task']:<15} along {result['along']:<6} time ~ pixels^{result['time_exponent']}, "

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,24 +32,30 @@ QUALITY = 50.0
 ABLATIONS = ("opam", "average", "attention2d")
 
 
-def timed(
-    encode: Callable[[], Any], decode: Callable[[Any], object], runs: int, device: torch.device
-) -> dict[str, Any]:
+class Timing(NamedTuple):
+    """How to measure."""
+
+    runs: int
+    device: torch.device
+    clock: Callable[[], float]
+
+
+def timed(encode: Callable[[], Any], decode: Callable[[Any], object], how: Timing) -> dict[str, Any]:
     """Median milliseconds of both, the decoder given what the encoder made."""
     coded = encode()
-    encoding = speed.seconds_of(encode, runs, 0, device)
-    decoding = speed.seconds_of(lambda: decode(coded), runs, 1, device)
+    encoding = speed.seconds_of(encode, how.runs, 0, how.device, how.clock)
+    decoding = speed.seconds_of(lambda: decode(coded), how.runs, 1, how.device, how.clock)
     return {f"{name}_ms": 1000 * statistics.median(s) for name, s in (("encode", encoding), ("decode", decoding))}
 
 
-def ours(model: Model, views: Sequence[Image], runs: int, joint: bool, refine: bool) -> dict[str, Any]:
+def ours(model: Model, views: Sequence[Image], how: Timing, joint: bool, refine: bool) -> dict[str, Any]:
     def encode() -> list[bytes]:
         return [codec.encode_image(model, view, QUALITY, camera_id=str(k)) for k, view in enumerate(views)]
 
-    return timed(encode, lambda f: codec.decode_set(model, f, joint=joint, refine=refine), runs, model.device)
+    return timed(encode, lambda f: codec.decode_set(model, f, joint=joint, refine=refine), how)
 
 
-def compressai(name: str, views: Sequence[Image], runs: int, device: torch.device, small: bool) -> dict[str, Any]:
+def compressai(name: str, views: Sequence[Image], how: Timing, small: bool) -> dict[str, Any]:
     from compressai.models import Cheng2020Attention, MeanScaleHyperprior
 
     with torch.random.fork_rng():
@@ -59,8 +65,8 @@ def compressai(name: str, views: Sequence[Image], runs: int, device: torch.devic
         else:
             net = Cheng2020Attention(16 if small else 192)
     net.eval().update(force=True)
-    net.to(device)
-    batches = [codec.to_unit(codec.samples(view).to(device)).contiguous() for view in views]
+    net.to(how.device)
+    batches = [codec.to_unit(codec.samples(view).to(how.device)).contiguous() for view in views]
 
     def encode() -> list[dict[str, Any]]:
         return [net.compress(x) for x in batches]
@@ -69,7 +75,7 @@ def compressai(name: str, views: Sequence[Image], runs: int, device: torch.devic
         return [net.decompress(c["strings"], c["shape"]) for c in coded]
 
     with torch.inference_mode():
-        return timed(encode, decode, runs, device)
+        return timed(encode, decode, how)
 
 
 def ablation(mode: str, folder: Path, device: torch.device, small: bool) -> Model:
@@ -85,22 +91,22 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     width, height = map(int, options.size.split("x"))
     paths = sorted(shipped("examples/nineveh").glob("*.webp"))
     views = [speed.of_size(images.read(path), width, height) for path in paths][: options.views]
-    runs = options.runs
+    how = Timing(options.runs, device, speed.PROCESSOR if options.cpu_time else speed.WALL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = speed.untrained("tiny", folder, device) if options.small else load_model(DEFAULT_MODEL, device)
-        base = ours(model, views, runs, joint=False, refine=True)
+        base = ours(model, views, how, joint=False, refine=True)
         yield {"codec": "mvcodec fast, alone", "against": base, **base}
-        yield {"codec": "mvcodec fast, joint", "against": base, **ours(model, views, runs, joint=True, refine=True)}
+        yield {"codec": "mvcodec fast, joint", "against": base, **ours(model, views, how, joint=True, refine=True)}
         for peer in ("mbt2018-mean", "cheng2020-attn"):
             yield {
                 "codec": f"CompressAI {peer}",
                 "against": base,
-                **compressai(peer, views, runs, device, options.small),
+                **compressai(peer, views, how, options.small),
             }
         for mode in ABLATIONS:
             model = ablation(mode, folder, device, options.small)
-            found = ours(model, views, runs, joint=True, refine=False)
+            found = ours(model, views, how, joint=True, refine=False)
             base = found if mode == ABLATIONS[0] else base
             yield {"codec": f"joint decoder: {mode}", "against": base, **found}
 
@@ -111,10 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="512x416", metavar="WxH")
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="time of the processor: the machine is busy")
     parser.add_argument("--small", action="store_true", help="tiny networks: is the program sound?")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
-    about = {"size": options.size, "views": options.views, **speed.machine(torch.device(options.device))}
+    about = {
+        "size": options.size,
+        "views": options.views,
+        "cpu_time": options.cpu_time,
+        **speed.machine(torch.device(options.device)),
+    }
     print(json.dumps(about))
     print(f"{'milliseconds a view':<28}{'encode':>9}{'decode':>9}{'ratio of encode':>18}{'of decode':>11}")
     records = []

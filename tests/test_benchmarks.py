@@ -27,7 +27,7 @@ def test_gpu_measures_every_stage_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert about["tiny_integers_as_on_cpu"]
     assert [(r["task"], r["views"]) for r in records] == [
         *((task, 1) for task in ("encode", "decode")),
-        *((task, 2) for task in ("encode", "decode alone", "decode unrefined", "decode")),
+        *((task, 2) for task in ("encode", "decode alone", "decode unaligned", "decode")),
     ]
     assert all(0 < r["codec_ms"] <= r["total_ms"] for r in records)
     assert "Para-EM" in capsys.readouterr().out
