@@ -7,7 +7,7 @@ would, processes that share a batch each cut their part, and workers may cut ahe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -58,9 +58,19 @@ class CropSampler:
     jitter: float = 0.0
     synthetic: float = 0.0
 
+    @cached_property
+    def large(self) -> list[Scene]:
+        """The scenes, of each the views that are at least of the crop's size."""
+        found = []
+        for scene in self.scenes:
+            keep = [i for i, view in enumerate(scene.views) if min(view.shape[:2]) >= self.size]
+            views, shifts = tuple(scene.views[i] for i in keep), tuple(scene.shifts[i] for i in keep)
+            found.append(replace(scene, views=views, shifts=shifts))
+        return found
+
     def usable(self, views: int) -> list[Scene]:
-        """Scenes with so many views, of at least the crop's size."""
-        return [s for s in self.scenes if len(s.views) >= views and s.smallest_side >= self.size]
+        """Scenes with so many views of at least the crop's size."""
+        return [scene for scene in self.large if len(scene.views) >= views]
 
     def most_views(self, limit: int) -> int:
         """The largest K up to `limit` of which there are sets."""
