@@ -31,8 +31,9 @@ FUNCTIONS = [
 class Stopwatch:
     """Seconds per stage of one run, each stage without those inside it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device = device
+        self.clock = clock
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -57,7 +58,7 @@ class Stopwatch:
         """Give the time since the last event to the innermost open stage."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels run on after their call returns
-        now = time.perf_counter()
+        now = self.clock()
         if self._open:
             stage = self._open[-1]
             self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since

@@ -15,7 +15,7 @@ from mvcodec.errors import UsageError
 from mvcodec.files import shipped
 from mvcodec.frames import PICTURE_SUFFIXES
 
-_IMPORT = "import time; began = time.perf_counter(); import mvcodec.api; print(time.perf_counter() - began)"
+_IMPORT = "import time; began = time.{0}(); import mvcodec.api; print(time.{0}() - began)"
 
 
 def _size(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -35,6 +35,7 @@ def _size(ctx: click.Context, option: click.Parameter, value: str | None) -> tup
 @click.option("--views", type=click.IntRange(min=1), metavar="K", help="Decode so many views. Default: all pictures.")
 @click.option("--size", metavar="WxH", callback=_size, help="Repeat and cut the pictures to this size.")
 @click.option("--preview", is_flag=True, help="Decode each view alone.")
+@click.option("--cpu-time", is_flag=True, help="Seconds of the processor: the machine is busy with other things.")
 @within_memory
 @running
 @reporting
@@ -47,6 +48,7 @@ def bench(
     views: int | None,
     size: tuple[int, int] | None,
     preview: bool,
+    cpu_time: bool,
     max_memory: int | None,
     model: str | None,
     device: str,
@@ -69,12 +71,14 @@ def bench(
     picture = paths[0].read_bytes() if size is None else images.to_bytes(given[0])
     files = [codec.encode_image(loaded, v, quality, camera_id=str(k)) for k, v in enumerate(given)]
 
-    common = {"model": loaded.name, "quality": quality, **speed.machine(loaded.device)}
-    reached = speed.ceilings(loaded.device)
+    clock = speed.PROCESSOR if cpu_time else speed.WALL
+    common = {"model": loaded.name, "quality": quality, "cpu_time": cpu_time, **speed.machine(loaded.device)}
+    reached = speed.ceilings(loaded.device, clock)
 
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    imported = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, check=True, text=True, env=path)
-    start = speed.measure(speed.loading(model or weights.DEFAULT_MODEL, loaded.device), loaded, runs, warmup)
+    program = _IMPORT.format(clock.__name__)
+    imported = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True, env=path)
+    start = speed.measure(speed.loading(model or weights.DEFAULT_MODEL, loaded.device), loaded, runs, warmup, clock)
     start["stages"] = {"import": speed.spread([float(imported.stdout)]), "load": start["stages"]["load"]}
     start["total_ms"] = round(sum(stage["median_ms"] for stage in start["stages"].values()), 3)
     start |= {"task": "start", "ceilings": reached, **common}
@@ -87,7 +91,7 @@ def bench(
     for name, (task, shown) in tasks.items():
         megapixels = sum(view.width * view.height for view in shown) / 1e6
         record = {"task": name, "views": len(shown), "megapixels": round(megapixels, 3), **common}
-        record |= speed.measure(task, loaded, runs, warmup)
+        record |= speed.measure(task, loaded, runs, warmup, clock)
         record["floor_ms"] = speed.floors_ms(speed.count_work(loaded, task), loaded, reached)
         record["mp_per_s"] = round(1000 * megapixels / record["total_ms"], 3)
         record["frames_per_s"] = round(1000 * len(shown) / record["total_ms"], 3)

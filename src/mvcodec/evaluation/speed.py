@@ -66,12 +66,12 @@ def loading(name: str, device: torch.device) -> Task:
     return task
 
 
-def measure(task: Task, model: Model, runs: int, warmup: int) -> dict[str, Any]:
+def measure(task: Task, model: Model, runs: int, warmup: int, clock: Callable[[], float] = WALL) -> dict[str, Any]:
     """Median and interquartile range of every stage and of the total over `runs`, after a warm-up; peak memory."""
     forget_peak_memory(model.device)
     watches = []
     for run in range(warmup + runs):
-        watch = Stopwatch(model.device)
+        watch = Stopwatch(model.device, clock)
         with watched(model, watch):
             task(watch)
         if run >= warmup:
@@ -152,14 +152,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def ceilings(device: torch.device, seconds: float = 0.2) -> dict[str, float]:
+def ceilings(device: torch.device, clock: Callable[[], float] = WALL, seconds: float = 0.2) -> dict[str, float]:
     """What this machine reaches at best: multiply-accumulates of a large matrix product, bytes of a large copy."""
     size, length = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 27)
 
     def best(work: Callable[[], object]) -> float:
-        times, began = seconds_of(work, 2, 1, device), time.perf_counter()
+        times, began = seconds_of(work, 2, 1, device, clock), time.perf_counter()
         while time.perf_counter() - began < seconds:
-            times += seconds_of(work, 1, 0, device)
+            times += seconds_of(work, 1, 0, device, clock)
         return min(times)
 
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
