@@ -76,7 +76,8 @@ class Trainer:
         self.ema = Ema(self.model, config.ema)
         if state is not None:
             self.model.load_state_dict(state["model"])
-            self.ema.shadow = {k: v.to(self.device) for k, v in state["ema"].items()}
+            # Layers younger than the checkpoint keep their start.
+            self.ema.shadow |= {k: v.to(self.device) for k, v in state["ema"].items()}
             for name, optimizer in self.optimizers.items():
                 if name not in state:
                     raise UsageError(
