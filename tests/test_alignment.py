@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvcodec.nn import alignment
 from mvcodec.nn.alignment import sights
 from mvcodec.nn.warping import pixel_grid, round_trip_error, warp
 
@@ -131,6 +132,24 @@ def test_few_peers_are_the_most_consistent_and_aligned_as_ever() -> None:
         assert torch.equal(few.flow[0], all_of_them.flow[place])
         assert torch.equal(few.consistency[0], all_of_them.consistency[place])
     assert [sight.flow.shape for sight in sights(views[:1])] == [(0, 2, *SIZE)]
+
+
+def test_views_come_one_by_one_and_a_pair_is_aligned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first view waits for its own pairs alone; in the end there was one alignment for both ways of each pair."""
+    done = []
+    align_pair = alignment._align_pair
+
+    def counted(*inputs):  # type: ignore[no-untyped-def]
+        done.append(1)
+        return align_pair(*inputs)
+
+    monkeypatch.setattr(alignment, "_align_pair", counted)
+    stream = sights(torch.rand(4, 3, 33, 47))
+    counts = []
+    for _ in range(4):
+        next(stream)
+        counts.append(len(done))
+    assert counts == [3, 5, 6, 6]
 
 
 def test_warp_by_zero_is_the_identity_and_outside_is_inconsistent() -> None:
