@@ -51,6 +51,7 @@ class Model:
     hyper: Tables  # one per channel, for z
     sigma_thresholds: Tensor  # [63] float64, between the logarithms of neighbouring scales
     id: bytes  # 8 bytes, see the module's docstring
+    path: Path
     about: Mapping[str, str]  # training history from the file's metadata
 
     @property
@@ -186,7 +187,7 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
         if module is not None:
             module.to(memory_format=torch.channels_last)
     boundaries = torch.from_numpy(thresholds / 65536).to(device)
-    return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, about)
+    return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, path, about)
 
 
 def _rising(values: NDArray[np.int32], path: Path, length: int) -> NDArray[np.int32]:

@@ -5,6 +5,7 @@
     bench    time per stage                               train    new weights from folders of scenes
     evaluate rate and distortion against other codecs     models   the weights at hand
     demo     the example scene, end to end                export   a training checkpoint -> a model file
+    selftest does this machine compute the same integers as all others?
 
 Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model missing or mismatched,
 6 a batch finished with failures, 7 desynchronised, 130 interrupted. Every error is one line on stderr,
@@ -23,7 +24,7 @@ import click
 from mvcodec import __version__
 from mvcodec.errors import INTERRUPTED_EXIT_CODE, MvcodecError, UsageError
 
-COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "export", "evaluate", "demo", "models")
+COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "export", "evaluate", "demo", "models", "selftest")
 
 
 class LazyGroup(click.Group):

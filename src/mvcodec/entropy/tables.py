@@ -30,7 +30,8 @@ literature's lower bound: |N(0, 0.11)| exceeds 1/2 once in 180,000, so forcing i
 def sigma_thresholds() -> NDArray[np.int32]:
     """[63] boundaries between neighbouring `SIGMAS` on the log axis, in units of 2^-16. For export: it calls log."""
     logarithms = np.log(SIGMAS)
-    return np.rint((logarithms[1:] + logarithms[:-1]) / 2 * 65536).astype(np.int32)
+    thresholds: NDArray[np.int32] = np.rint((logarithms[1:] + logarithms[:-1]) / 2 * 65536).astype(np.int32)
+    return thresholds
 
 
 class Tables:

@@ -49,7 +49,7 @@ class ExactConvolution(Block):
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Any  # a Tensor; torch's classes say Tensor | None
     transposed = False
     integers: Integers | None = None
     backend: Backend | None = None
@@ -67,7 +67,7 @@ class ExactConvolution(Block):
             return fixed.saturate(fixed.floor(self._learning_sum(x) + 0.5))
         high, low = self._sums(x, self.rounded)
         if low is not None:
-            # Flooring the low part to the grid of the high one (or to integers) first leaves the floor of the sum alone.
+            # Flooring the low part to the grid of the high one, or to integers, leaves the floor of the sum alone.
             high = high.add_(low.mul_(self.low_grid).floor_().div_(self.low_grid))
         return high.floor_().clamp_(-ACTIVATION_LIMIT, ACTIVATION_LIMIT).float()
 
@@ -78,18 +78,20 @@ class ExactConvolution(Block):
         high, low = self._sums(x, self.plain)
         return high.double() if low is None else high.double() + low.double()
 
-    def set_integers(self, integers: Integers) -> None:
+    def set_integers(self, integers: Integers, backend: Backend | None = None) -> None:
         """Give the layer its integers; `weight` and `bias` become the real numbers they stand for.
 
+        backend: instead of the cheapest that is proved; the result is the same. For comparisons.
         Raises ModelError if they break a rule of the format or no back end can be proved exact.
         """
         self._check(integers)
         bits = integers.fraction_bits.astype(np.int64)
         bias = integers.bias.astype(np.int64)
         sums = largest_sum(integers.weight, self._tap_stride, self.transposed)
-        backend = choose_backend(sums, bias, integers.input_limit, bits)
-        if backend is None:
+        proved = choose_backend(sums, bias, integers.input_limit, bits)
+        if proved is None:
             raise ModelError("the sums of a layer fit no exact number format")
+        backend = backend or proved
         self.integers, self.backend = integers, backend
         unit, shift = np.exp2(-bits), np.exp2(-integers.input_shift.astype(np.float64))
         device = self.weight.device
@@ -194,7 +196,7 @@ class Conv(ExactConvolution, nn.Conv2d):
         return _taps(F.pad(x, (reach, reach, reach, reach)), weight, bias, self.groups > 1)
 
 
-class ConvTranspose(ExactConvolution, nn.ConvTranspose2d):
+class ConvTranspose(ExactConvolution, nn.ConvTranspose2d):  # type: ignore[misc]  # forward has no output_size
     """nn.ConvTranspose2d 5x5, stride 2, that doubles height and width, with an exact form."""
 
     transposed = True
@@ -232,5 +234,5 @@ def _taps(padded: Tensor, weight: Tensor, bias: Tensor, depthwise: bool) -> Tens
             if depthwise:
                 total = total + tap[:, :, None] * window
             else:
-                total = total + (tap @ window.flatten(2)).unflatten(2, (height, width))
+                total = total + (tap @ window.flatten(2)).reshape(*window.shape[:1], -1, height, width)
     return total

@@ -41,7 +41,8 @@ def round_half_up(x: Tensor) -> Tensor:
 
 def exp_table() -> NDArray[np.int32]:
     """round(WEIGHT_ONE exp(-i / EXP_STEPS)). For export only: it calls exp; the weights file holds the integers."""
-    return np.rint(WEIGHT_ONE * np.exp(-np.arange(EXP_LENGTH) / EXP_STEPS)).astype(np.int32)
+    table: NDArray[np.int32] = np.rint(WEIGHT_ONE * np.exp(-np.arange(EXP_LENGTH) / EXP_STEPS)).astype(np.int32)
+    return table
 
 
 def exp_below_maximum(scores: Tensor, table: Tensor, dim: int) -> Tensor:

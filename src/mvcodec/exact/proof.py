@@ -8,7 +8,8 @@ Limits are two bits and one bit below the formats', so that kernels may add a bi
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ FLOAT64_BOUND = 1 << 52
 HALF_LIMIT = 128  # |high half|, |low half| of a 16-bit activation: a = 256 high + low
 
 
-class Backend(StrEnum):
+class Backend(str, Enum):
     """How a convolution is computed exactly."""
 
     FLOAT32 = "float32"  # one float32 convolution
@@ -26,14 +27,15 @@ class Backend(StrEnum):
     FLOAT64 = "float64"  # one float64 convolution
 
 
-def largest_sum(weight: NDArray[np.integer], stride: int = 1, transposed: bool = False) -> NDArray[np.int64]:
+def largest_sum(weight: NDArray[Any], stride: int = 1, transposed: bool = False) -> NDArray[np.int64]:
     """Sum of |integer weights| behind one output, per output channel.
 
     weight: [out, in, k, k], or [in, out, k, k] if transposed: there an output meets every `stride`-th tap only.
     """
     magnitude = np.abs(weight.astype(np.int64))
     if not transposed:
-        return magnitude.sum(axis=(1, 2, 3))
+        dense: NDArray[np.int64] = magnitude.sum(axis=(1, 2, 3))
+        return dense
     phases = [magnitude[:, :, i::stride, j::stride].sum(axis=(0, 2, 3)) for i in range(stride) for j in range(stride)]
     found: NDArray[np.int64] = np.max(phases, axis=0)
     return found

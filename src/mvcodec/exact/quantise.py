@@ -19,8 +19,8 @@ from mvcodec.errors import ModelError
 from mvcodec.exact.arithmetic import Fixed, use
 from mvcodec.exact.conv import FRACTION_BITS, INPUT_SHIFTS, WEIGHT_LIMIT, ExactConvolution, Integers
 from mvcodec.exact.fixed import ACTIVATION_LIMIT, ACTIVATION_UNIT, PARAMETER_GRID, exp_table
-from mvcodec.exact.stored import exact_layers, other_parameters
 from mvcodec.exact.proof import FLOAT32_BOUND, HALF_LIMIT, largest_sum
+from mvcodec.exact.stored import exact_layers, other_parameters
 
 FINEST = 15  # fraction bits beyond which nothing is gained
 HEADROOM = 1.25  # over the largest input seen in calibration
@@ -100,11 +100,28 @@ def quantise(network: nn.Module, ranges: Ranges, wide: Callable[[str], bool] = l
             value.copy_((value.double() * PARAMETER_GRID).round() / PARAMETER_GRID)
 
 
-def _integers(layer: ExactConvolution, shifts: NDArray[np.int8], limit: int) -> Integers:
+def learn(network: nn.Module, learning: bool) -> None:
+    """Switch quantisation-aware training of a quantised network on, or off: then integers follow the weights.
+
+    The grids of inputs stay as calibrated. Weights keep theirs unless a sum would outgrow its bound.
+    """
+    for layer in exact_layers(network).values():
+        integers = layer.integers
+        if integers is None:
+            raise ModelError("quantise a network before it learns to be")
+        layer.requires_grad_(learning)
+        if layer.learning and not learning:
+            layer.set_integers(_integers(layer, integers.input_shift, integers.input_limit, integers.fraction_bits))
+        layer.learning = learning
+
+
+def _integers(
+    layer: ExactConvolution, shifts: NDArray[np.int8], limit: int, finest: NDArray[np.int8] | None = None
+) -> Integers:
     """Round a layer's float weights, per output channel on the finest grid that exact float32 sums allow."""
     weight = layer.weight.detach().double().cpu().numpy() * layer._along_input(np.exp2(shifts.astype(np.float64)))
     bias = layer.bias.detach().double().cpu().numpy() * ACTIVATION_UNIT
-    bits = np.full(len(bias), FINEST, dtype=np.int64)
+    bits = np.full(len(bias), FINEST, dtype=np.int64) if finest is None else finest.astype(np.int64)
     others = (1, 2, 3) if not layer.transposed else (0, 2, 3)
     wide = limit == ACTIVATION_LIMIT
     while True:

@@ -36,8 +36,8 @@ CodeStep = Callable[[int, Tensor, Tensor], Tensor]
 class ChannelContext(nn.Module):
     """PCCM, Eq. (18): the last slice is the main source, all earlier ones its side sources.
 
-    own_source None: all slices share one ParallaxSource, which belongs to ParaEM. Each slice is then embedded once, when
-    it is decoded, and not anew for every later one.
+    own_source None: all slices share one ParallaxSource, which belongs to ParaEM. Each slice is then embedded once,
+    when it is decoded, and not anew for every later one.
     """
 
     def __init__(self, slice_channels: int, channels_out: int, own_source: ParallaxSource | None) -> None:
@@ -85,7 +85,7 @@ class EntropyParameters(Block):
 
     def start_as_prior(self) -> None:
         nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a = self.arithmetic

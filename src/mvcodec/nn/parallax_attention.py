@@ -14,7 +14,7 @@ elementwise product and sum, and no W x W x W product is ever formed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ def attend_rows(
     n, _, height, width = query.shape
     if 0 < segment < width:
         pieces = [
-            attend_rows(*(x[..., s : s + segment] for x in (query, key, value)), scale, 0, chunk, arithmetic)
-            for s in range(0, width, segment)
+            attend_rows(query[w], key[w], value[w], scale, 0, chunk, arithmetic)
+            for w in ((..., slice(s, s + segment)) for s in range(0, width, segment))
         ]
         return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
     q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
@@ -128,7 +128,7 @@ class OmniParallaxAttention(Block):
 
     def forward(self, main: SourceFeatures, side: SourceFeatures) -> Aligned:
         """Align `side` to `main`; both hold N maps of one size."""
-        how = {"scale": self.scale, "segment": self.segment, "arithmetic": self.arithmetic}
+        how: dict[str, Any] = {"scale": self.scale, "segment": self.segment, "arithmetic": self.arithmetic}
         if self.mode == "average":
             return Aligned(side.value, self.arithmetic.certain(side.value[:, :1]))
         if self.mode == "vpa":
