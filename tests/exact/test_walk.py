@@ -117,8 +117,9 @@ def test_exact_is_near_float(switches, narrow):
         fix(model)
         found = parameters(model, values, (hyper * 256).round())
     spread = torch.cat([w.flatten() for w in wanted]).std()
-    error = torch.cat([(f - w).flatten() for f, w in zip(found, wanted, strict=True)]).square().mean().sqrt()
-    assert error < (0.12 if narrow else 0.05) * spread  # random networks amplify noise more than trained ones
+    error = torch.cat([(f - w).flatten() for f, w in zip(found, wanted, strict=True)]).abs()
+    # The median: random networks have knife-edge softmaxes, at which any rounding may choose the other side.
+    assert error.median() < (0.03 if narrow else 0.005) * spread
     for values_of_step in found:  # dyadic numbers: what all machines can agree on
         assert torch.equal(values_of_step * 2**40, (values_of_step * 2**40).round())
 
