@@ -5,7 +5,7 @@
 
 Exponents are slopes in the log-log plane over the larger half of the sizes, where fixed costs have faded: 1 is linear.
 Memory is the process's peak above what it held with the weights loaded; its slope over all sizes, in bytes a pixel, is
-what `mvcodec.tiling.HELD` is set from (with --max-memory the transforms' own share stops growing, see WORKING there).
+what `mvcodec.tiling.HELD` and WORKING are set from: the larger of the two shows.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def encode_view(
             return net.g_a(to_unit(to_device(part, model.device)), basis)
 
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
-    most = pixels_at_once("encode", net.config.transform, x[0, 0].numel(), max_memory)
+    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory)
     y = tiled(net.g_a, analyse, x, most)  # [1, M, H/16, W/16]
     y = y.float() * net.gain.gain(basis)
     z = net.h_a(y)  # [1, N, H/64, W/64]
@@ -244,9 +244,8 @@ def _synthesise(
     """
     net, views = model.net, len(y)
     pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
+    most = pixels_at_once(net.config.transform, pixels, views, max_memory, aligned=together)
     # On a CPU a batch is no faster than its views one by one, which stay in the cache.
-    task = "joint" if together else "decode"
-    most = pixels_at_once(task, net.config.transform, views * pixels, max_memory)
     most = min(most, pixels) if model.device.type == "cpu" else most
 
     def in_tiles(stage: nn.Module, x: Tensor, quality: Tensor) -> Tensor:

@@ -29,30 +29,33 @@ from mvcodec.errors import UsageError
 Stage = Callable[[Tensor, slice], Tensor]
 PROBE = 64  # pixels: the least size that every stage takes
 SMALLEST = 512  # pixels: side of the least tile, its surroundings included
-USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in one piece, about 1.2 GB for `fast`
+USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in one piece, about 1.4 GB for `fast`
 
-# Bytes, as `python benchmarks/growth.py` measures them (see docs/performance.md); rounded up.
+# Bytes, as docs/performance.md says they were measured; rounded up.
 PROGRAM = 1_000_000_000  # Python, torch and the weights
-WORKING = {"klt": 130, "paper": 450}  # per pixel that a transform is at work on
-HELD = {"encode": 150, "decode": 150, "joint": 300}  # per pixel of all pictures: what cannot be tiled
+HELD = 150  # per pixel of all views: pictures and latents, and the entropy path while it runs
+WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
+ALIGNING = 1200  # per pixel of one view, while it is aligned with another
 
 
-def pixels_at_once(task: str, transform: str, pixels: int, max_memory: int | None) -> int:
-    """How many pixels a transform may work on at a time, of `pixels` in all views, to stay within so many bytes.
+def pixels_at_once(transform: str, pixels: int, views: int, max_memory: int | None, aligned: bool = False) -> int:
+    """How many pixels a transform may work on at a time, of `views` of `pixels` each, to stay within so many bytes.
 
-    Without a budget always the same number, so that a picture gives the same file wherever there is memory enough.
-    Raises UsageError where what cannot be tiled is over the budget already.
+    aligned: the views are aligned with one another, which is not done in tiles. Without a budget always the same
+    number, so that a picture gives the same file wherever there is memory enough. Raises UsageError where what cannot
+    be tiled is over the budget already.
     """
     if max_memory is None:
         return USUAL
-    held = PROGRAM + HELD[task] * pixels
-    most = (max_memory - held) // WORKING[transform]
-    if most < SMALLEST**2:
-        needed = (held + WORKING[transform] * SMALLEST**2) / 1e9
+    held = PROGRAM + HELD * pixels * views
+    least = max(WORKING[transform] * SMALLEST**2, ALIGNING * pixels * aligned)
+    if max_memory < held + least:
+        size = f"{views} x {pixels / 1e6:.1f} megapixels"
         raise UsageError(
-            f"{pixels / 1e6:.1f} megapixels need {needed:.1f}G of memory, --max-memory is {max_memory / 1e9:.1f}G"
+            f"{size} need {(held + least) / 1e9:.1f}G of memory, --max-memory is {max_memory / 1e9:.1f}G"
+            + ("; --preview needs less" if aligned else "")
         )
-    return most
+    return (max_memory - held) // WORKING[transform]
 
 
 class Footprint(NamedTuple):
