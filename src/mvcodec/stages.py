@@ -82,7 +82,8 @@ def watched(model: Model, watch: Stopwatch) -> Iterator[None]:
 
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        for home, attribute, stage in FUNCTIONS:
+        alone = [] if model.net.refinement is None else [(model.net.refinement, "clean", MODULES["refinement"])]
+        for home, attribute, stage in (*FUNCTIONS, *alone):  # a view without peers calls no more than `clean`
             stack.enter_context(patch.object(home, attribute, _timed(getattr(home, attribute), stage, watch)))
         stack.enter_context(watch.stage(OTHER))
         yield
