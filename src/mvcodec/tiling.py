@@ -33,7 +33,7 @@ USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in on
 
 # Bytes, as docs/performance.md says they were measured; rounded up.
 PROGRAM = 1_000_000_000  # Python, torch and the weights
-HELD = 150  # per pixel of all views: pictures and latents, and the entropy path while it runs
+HELD = 200  # per pixel of all views: pictures and latents, and the entropy path while it runs
 WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
 ALIGNING = 1200  # per pixel of one view, while it is aligned with another
 
