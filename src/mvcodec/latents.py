@@ -33,7 +33,10 @@ HALVES = ("anchor", "non-anchor")
 
 
 def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """(mu, ln sigma) float64 -> mu on its grid, index int64 of its scale. thresholds: [63] between scales' logarithms."""
+    """(mu, ln sigma) float64 -> mu on its grid, index int64 of its scale.
+
+    thresholds: [63], between the logarithms of neighbouring scales.
+    """
     limit = MAX_SYMBOL / 2
     return (mu.clamp(-limit, limit) * MU_GRID + 0.5).floor() / MU_GRID, torch.bucketize(
         ln_sigma.contiguous(), thresholds

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvcodec.blank import Uninitialised
 from mvcodec.entropy.tables import Tables, counts_from_pmf, gaussian_tables, sigma_thresholds
@@ -38,6 +38,7 @@ FORMAT = "mvcodec-weights-2"
 DEFAULT_MODEL = "fast"
 EXACT_PARTS = ("h_s", "para_em")
 ENTROPY_PARTS = (*(f"{part}." for part in EXACT_PARTS), "tables.")  # what the decoded integers depend on
+CALIBRATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 HYPER_BOUND = 40  # z beyond it is coded as an escape
 
 
@@ -82,22 +83,53 @@ def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
     return digest.digest()[:8]
 
 
-def export_model(net: ParaHydra, path: Path, about: Mapping[str, str] | None = None) -> bytes:
+def export_model(
+    net: ParaHydra,
+    path: Path,
+    about: Mapping[str, str] | None = None,
+    pictures: Sequence[Tensor] = (),
+    bits_of: Path | None = None,
+) -> bytes:
     """Write `net` as a model file, whole or not at all; returns the model id.
 
-    An entropy path without integers gets them here, of 16-bit precision; exact/quantise.py has the other choices.
+    An entropy path without integers gets them here: calibrated on `pictures` (each [K, 3, H, W], sides multiples of
+    64), or with 16-bit inputs throughout if there are none, which is slower. bits_of: a model file whose entropy path
+    is taken as it is, and with it the id, so that whatever it has written can be read.
     """
+    metadata = {"format": FORMAT, "config": json.dumps(net.config.to_dict()), **(about or {})}
     tensors = {}
     for name, value in net.state_dict().items():
         if not name.startswith(ENTROPY_PARTS):
             tensors[name] = value.detach().cpu().half().contiguous()
             if not torch.isfinite(tensors[name]).all():
                 raise ModelError(f"{name} does not fit fp16 or is not finite; the model cannot be exported")
-    for part in EXACT_PARTS:
-        network = net.get_submodule(part)
-        if any(layer.integers is None for layer in exact_layers(network).values()):
-            quantise(network, {})
-        tensors |= {f"{part}.{name}": value.contiguous() for name, value in to_tensors(network).items()}
+    tensors |= _entropy_path(net, pictures) if bits_of is None else _taken_from(bits_of, net.config)
+    with atomic(path) as file:
+        file.write(to_safetensors(tensors, metadata=metadata))
+    return entropy_id(tensors, net.config)
+
+
+def _taken_from(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The entropy path of another file."""
+    tensors, other, _ = read_model_file(path)
+    if other.entropy_switches() != config.entropy_switches():
+        raise ModelError(f"{path}: its entropy model is not of the shape of this one")
+    return {name: value for name, value in tensors.items() if name.startswith(ENTROPY_PARTS)}
+
+
+def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Integers of h_s and Para-EM, and all tables."""
+    parts = nn.ModuleDict({part: net.get_submodule(part) for part in EXACT_PARTS})
+
+    @torch.no_grad()
+    def replay() -> None:
+        for views in pictures:
+            for t in CALIBRATION_QUALITIES:
+                net(views[None], torch.full((1, len(views)), t), joint=False, fuse=False, clean=False)
+
+    if any(layer.integers is None for layer in exact_layers(parts).values()):
+        quantise(parts, replay if pictures else None)
+    tensors = {name: value.contiguous() for name, value in to_tensors(parts).items()}
     pmf = net.z_prior.pmf(HYPER_BOUND).cpu().numpy()
     counts = counts_from_pmf(pmf / np.maximum(pmf.sum(axis=1, keepdims=True), 1.0))
     hyper = Tables(counts.flatten(), [counts.shape[1]] * len(counts), [-HYPER_BOUND] * len(counts))
@@ -106,10 +138,7 @@ def export_model(net: ParaHydra, path: Path, about: Mapping[str, str] | None = N
             tensors[f"tables.{kind}.{name}"] = torch.from_numpy(array.astype(np.int32))
     tensors["tables.sigma_thresholds"] = torch.from_numpy(sigma_thresholds())
     tensors["tables.exp"] = torch.from_numpy(exp_table())
-    metadata = {"format": FORMAT, "config": json.dumps(net.config.to_dict()), **(about or {})}
-    with atomic(path) as file:
-        file.write(to_safetensors(tensors, metadata=metadata))
-    return entropy_id(tensors, net.config)
+    return tensors
 
 
 def available_models() -> list[Path]:

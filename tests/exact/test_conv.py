@@ -19,7 +19,7 @@ LAYERS = {
     "transposed": lambda: ConvTranspose(6, 4),
 }
 # name -> (largest |weight|, input limit)
-PRECISIONS = {Backend.FLOAT32: (60, 127), Backend.SPLIT: (300, ACTIVATION_LIMIT), Backend.FLOAT64: (30000, 32767)}
+PRECISIONS = {Backend.FLOAT32: (60, 127), Backend.SPLIT: (300, ACTIVATION_LIMIT), Backend.FLOAT64: (32767, 32767)}
 
 
 def drawn(layer, backend: Backend, seed: int = 0) -> Integers:
@@ -27,8 +27,9 @@ def drawn(layer, backend: Backend, seed: int = 0) -> Integers:
     largest, limit = PRECISIONS[backend]
     rng = np.random.default_rng(seed)
     out, into = layer._channels
+    shape = tuple(layer.weight.shape)
     return Integers(
-        rng.integers(-largest, largest + 1, tuple(layer.weight.shape)).astype(np.int16),
+        (rng.integers(largest // 2, largest + 1, shape) * rng.choice([-1, 1], shape)).astype(np.int16),
         rng.integers(-4000, 4001, out).astype(np.int32),
         rng.integers(1, 13, out).astype(np.int8),
         rng.integers(0, 5, into).astype(np.int8) * np.int8(limit < ACTIVATION_LIMIT),
@@ -99,8 +100,8 @@ def test_the_input_that_attains_the_bound_is_exact(name, backend):
 
 def test_a_bound_just_below_the_limit_is_float32_and_just_above_is_not():
     layer = Conv(33, 1, 1)
-    weight = np.full((1, 33, 1, 1), 1000, dtype=np.int16)
-    room = FLOAT32_BOUND - 127 * 33 * 1000 - 1  # 1: the rounding constant with one fraction bit
+    weight = np.full((1, 33, 1, 1), 4000, dtype=np.int16)
+    room = FLOAT32_BOUND - 127 * 33 * 4000 - 1  # 1: the rounding constant with one fraction bit
     for bias, exact_in_float32 in ((room - 1, True), (room, False)):
         one_bit = np.array([1], np.int8)
         layer.set_integers(Integers(weight, np.array([bias], np.int32), one_bit, np.zeros(33, np.int8), 127))

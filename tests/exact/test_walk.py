@@ -10,7 +10,7 @@ from mvcodec import selftest
 from mvcodec.codec import encode_image
 from mvcodec.container import unpack
 from mvcodec.exact.arithmetic import FLOAT, use
-from mvcodec.exact.quantise import fix, learn, observe, quantise
+from mvcodec.exact.quantise import fix, learn, quantise
 from mvcodec.exact.stored import exact_layers
 from mvcodec.images import Image
 from mvcodec.latents import decode_latents
@@ -111,9 +111,8 @@ def test_exact_is_near_float(switches, narrow):
     values = [torch.randint(-3, 4, (1, 4, 8, 4), generator=generator).float() for _ in range(8)]
     hyper = torch.randn(1, 8, 8, 8, generator=generator)
     with torch.no_grad():
-        with observe(model) as ranges:
-            wanted = parameters(model, values, hyper)
-        quantise(model, ranges, wide=lambda _: not narrow)
+        wanted = parameters(model, values, hyper)
+        quantise(model, (lambda: parameters(model, values, hyper)) if narrow else None)
         fix(model)
         found = parameters(model, values, (hyper * 256).round())
     spread = torch.cat([w.flatten() for w in wanted]).std()
@@ -129,9 +128,8 @@ def test_training_with_rounding_lowers_the_loss_of_the_rounded_network():
     generator = torch.Generator().manual_seed(1)
     values = [torch.randint(-3, 4, (1, 4, 8, 4), generator=generator).float() for _ in range(8)]
     hyper = torch.randn(1, 8, 8, 8, generator=generator)
-    with torch.no_grad(), observe(model) as ranges:
-        parameters(model, values, hyper)
-    quantise(model, ranges, wide=lambda _: False)
+    with torch.no_grad():
+        quantise(model, lambda: parameters(model, values, hyper))
     fix(model)
     learn(model, True)
     rounded = (hyper * 256).round()

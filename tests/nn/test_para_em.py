@@ -81,7 +81,7 @@ def test_a_shared_source_with_equal_weights_is_each_slice_having_its_own(channel
     state = shared.state_dict()
     wanted = {}
     for name in own.state_dict():
-        before, found, after = name.partition(".channel_context.source.")
+        _, found, after = name.partition(".channel_context.source.")
         wanted[name] = state["source." + after] if found else state[name]
     own.load_state_dict(wanted)
     hyper = maps(9, 1, 8, 4, 4)

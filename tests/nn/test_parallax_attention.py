@@ -107,7 +107,7 @@ def test_segments_match_nothing_beyond_their_own_positions():
     for attend, axis in ((attend_rows, -1), (attend_columns, -2)):
         found = attend(q, k, v, 1.0, 3)
         for start in range(0, q.shape[axis], 3):
-            window = tuple(slice(None) for _ in range(4 + axis)) + (slice(start, start + 3),)
+            window = (*(slice(None) for _ in range(4 + axis)), slice(start, start + 3))
             alone = attend(q[window], k[window], v[window], 1.0)
             torch.testing.assert_close(found.feature[window], alone.feature)
             torch.testing.assert_close(found.consistency[window], alone.consistency)

@@ -12,7 +12,7 @@ from mvcodec.cli import main
 from mvcodec.errors import ModelError
 from mvcodec.training.curves import append_rows
 from mvcodec.training.export import export_checkpoint
-from mvcodec.weights import read_model_file
+from mvcodec.weights import load_model, read_model_file
 
 
 def call(*args: object) -> int:
@@ -68,7 +68,8 @@ def test_export_gives_the_model_file_that_training_gave_and_a_card(run, tmp_path
         [{"step": 1, "quality": q, "bpp": 0.5 + q, "psnr_separate": 30.0, "psnr_joint": 31.0} for q in (0.0, 1.0)],
     )
     target = tmp_path / "new" / "mine.safetensors"
-    assert call("export", run / "checkpoint.pt", "-o", target, "--card", "--json") == 0
+    data = torch.load(run / "checkpoint.pt", weights_only=True)["train_config"]["data"]
+    assert call("export", run / "checkpoint.pt", "-o", target, "--calibrate", data, "--card", "--json") == 0
     record = json.loads(capfd.readouterr().out)
     assert record["steps"] == 1
     exported, trained = read_model_file(target), read_model_file(run / "tiny.safetensors")
@@ -82,6 +83,15 @@ def test_export_gives_the_model_file_that_training_gave_and_a_card(run, tmp_path
     assert "say --force" in capfd.readouterr().err
     assert call("export", run / "checkpoint.pt", "-o", target, "--force") == 0
     assert call("export", run / "checkpoint.pt", "-o", tmp_path / "mine.pt") == 2
+
+
+def test_bits_of_another_model_keep_its_id(run, tmp_path, capfd):
+    wide, kept = tmp_path / "wide.safetensors", tmp_path / "kept.safetensors"
+    assert call("export", run / "checkpoint.pt", "-o", wide) == 0  # not calibrated: other integers
+    assert call("export", run / "checkpoint.pt", "-o", kept, "--bits-of", run / "tiny.safetensors") == 0
+    capfd.readouterr()
+    ids = [load_model(path).id for path in (run / "tiny.safetensors", wide, kept)]
+    assert ids[0] == ids[2] != ids[1]
 
 
 def test_what_is_no_checkpoint_is_not_exported(tmp_path, capfd):

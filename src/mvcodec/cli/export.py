@@ -19,10 +19,30 @@ from mvcodec.errors import UsageError
     metavar="FILE.safetensors",
     help="Default: the profile's name, beside the checkpoint.",
 )
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DATA_DIR",
+    help="Training pictures. The entropy path then reads as few bits as it needs and takes half the time.",
+)
+@click.option(
+    "--bits-of",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.safetensors",
+    help="Keep this model's entropy path, and with it its id and its files: for later stages of training.",
+)
 @click.option("--card", is_flag=True, help="Also write what is known of the model, as FILE.md.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite.")
 @reporting
-def export(report: Report, checkpoint: Path, output: Path | None, card: bool, force: bool) -> None:
+def export(
+    report: Report,
+    checkpoint: Path,
+    output: Path | None,
+    calibrate: Path | None,
+    bits_of: Path | None,
+    card: bool,
+    force: bool,
+) -> None:
     """Make a model file of CHECKPOINT, with its averaged weights, for `--model` or the folder $MVCODEC_MODELS."""
     from mvcodec.training.export import describe, export_checkpoint, read_checkpoint
 
@@ -33,7 +53,7 @@ def export(report: Report, checkpoint: Path, output: Path | None, card: bool, fo
     written = [target, *([target.with_suffix(".md")] if card else [])]
     if (there := [path for path in written if path.exists()]) and not force:
         raise UsageError(f"{there[0]}: exists; say --force to overwrite it")
-    identity = export_checkpoint(checkpoint, target)
+    identity = export_checkpoint(checkpoint, target, calibrate, bits_of)
     if card:
         describe(checkpoint, target, identity)
     record = {

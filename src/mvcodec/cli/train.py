@@ -139,6 +139,6 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     if not first:
         return
     weights = run / f"{config.profile}.safetensors"
-    identity = export_checkpoint(checkpoint, weights).hex()
+    identity = export_checkpoint(checkpoint, weights, Path(config.data)).hex()
     record = {"checkpoint": str(checkpoint), "weights": str(weights), "model_id": identity}
     report.result(record, f"{weights}: model {identity}, for --model; {checkpoint} to train on")

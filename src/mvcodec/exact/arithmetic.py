@@ -106,9 +106,8 @@ class Fixed:
         return layer.accumulate(x).double() / ACTIVATION_UNIT
 
     def leaky(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            return fixed.floor(F.leaky_relu(x, LEAKY_SLOPE))
-        return F.leaky_relu_(x, LEAKY_SLOPE).floor_()
+        # Rounded, not floored: half a unit less in every negative activation would add up over a layer's inputs.
+        return fixed.round_half_up(F.leaky_relu(x, LEAKY_SLOPE) if x.requires_grad else F.leaky_relu_(x, LEAKY_SLOPE))
 
     def relu(self, x: Tensor) -> Tensor:
         return x.relu()

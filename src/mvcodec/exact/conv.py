@@ -26,7 +26,7 @@ from mvcodec.exact.fixed import ACTIVATION_LIMIT, ACTIVATION_UNIT
 from mvcodec.exact.proof import Backend, choose_backend, largest_sum
 
 WEIGHT_LIMIT = 32767  # integer weights are stored in 16 bits
-FRACTION_BITS = (1, 24)  # f
+FRACTION_BITS = (1, 15)  # f: a sum of 2^24 or more then saturates, however its last bits were rounded
 INPUT_SHIFTS = (0, 15)  # r
 
 

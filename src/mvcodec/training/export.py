@@ -8,11 +8,13 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from torch import Tensor
 
 from mvcodec.errors import ModelError
 from mvcodec.files import atomic
-from mvcodec.parahydra import ModelConfig, ParaHydra
+from mvcodec.parahydra import PAD_MULTIPLE, ModelConfig, ParaHydra
 from mvcodec.training.curves import columns
+from mvcodec.training.data import find_scenes, read_rgb
 from mvcodec.weights import export_model
 
 ABOUT = ("stage", "batch", "crop", "seed")  # what of the run's settings the model file tells
@@ -30,13 +32,33 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def export_checkpoint(checkpoint: Path, target: Path) -> bytes:
-    """Write the model file, whole or not at all; returns the model id."""
+def calibration_pictures(folder: Path, count: int = 12, side: int = 256) -> list[Tensor]:
+    """Centre crops [1, 3, side, side] of the first views of scenes spread over a training folder."""
+    files = [views[0] for views in find_scenes(folder).values()]
+    crops = []
+    for file in files[:: max(1, len(files) // count)][:count]:
+        picture = read_rgb(file)
+        height, width = (min(side, n // PAD_MULTIPLE * PAD_MULTIPLE) for n in picture.shape[:2])
+        if height and width:
+            top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+            crop = picture[top : top + height, left : left + width].copy()
+            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
+    return crops
+
+
+def export_checkpoint(
+    checkpoint: Path, target: Path, calibration: Path | None = None, bits_of: Path | None = None
+) -> bytes:
+    """Write the model file, whole or not at all; returns the model id.
+
+    calibration: folder of training pictures, for an entropy path that is quick; bits_of: see `export_model`.
+    """
     state = read_checkpoint(checkpoint)
     net = ParaHydra(ModelConfig.from_dict(state["model_config"]))
     net.load_state_dict(state["ema"])
     about = {name: str(state["train_config"][name]) for name in ABOUT}
-    return export_model(net, target, {"steps": str(state["step"]), **about})
+    pictures = calibration_pictures(calibration) if calibration else []
+    return export_model(net, target, {"steps": str(state["step"]), **about}, pictures, bits_of)
 
 
 def describe(checkpoint: Path, target: Path, identity: bytes) -> Path:
