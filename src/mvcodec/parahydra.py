@@ -40,7 +40,7 @@ class ModelConfig:
     channel_context: str = "opam"  # PCCM; plain = three convolutions; hpa | vpa | average = PCCM with that attention
     global_context: str = "pgcm"  # pgcm | mlic
     shared_source: bool = True  # PCCM embeds each slice once, with one set of weights
-    attention_tile: int = 32  # Para-EM's attention stays within tiles of so many latents a side
+    attention_tile: int = 16  # Para-EM's attention stays within tiles of so many latents a side
     refine: str = "none"  # none (the paper) | aligned: the pixel-domain third stage of Para-JD
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
     fusion_widths: tuple[int, int] = (96, 96)
