@@ -122,9 +122,8 @@ def main() -> None:
         for name, path in paths.items():
             times[name].append(path.run(y, z, 50)[1])
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(
-        f"\ntime of h_s and Para-EM, {16 * y.shape[3]}x{16 * y.shape[2]}, {torch.get_num_threads()} threads, ratio to float32:"
-    )
+    size = f"{16 * y.shape[3]}x{16 * y.shape[2]}"
+    print(f"\ntime of h_s and Para-EM, {size}, {torch.get_num_threads()} threads, ratio to float32:")
     print(", ".join(f"{name} {seconds / medians['float32']:.2f}" for name, seconds in medians.items()))
 
 
