@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from mvcodec.entropy.tables import sigma_thresholds
 from mvcodec.latents import MU_GRID, snap, walk
+from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.weights import Model, export_model, load_model
 from tests.exact_reader import ExactReader, Map, read_model
 from tests.golden.make import FACTS, GOLDEN, drawn_model
@@ -60,7 +62,8 @@ def drawn_z(channels: int, shape: tuple[int, int]) -> Map:
     return np.random.Generator(np.random.PCG64(5)).integers(-3, 4, (channels, *shape))
 
 
-def compare(path: Path, shape: tuple[int, int], quality: int) -> None:
+def compare(path: Path, shape: tuple[int, int], quality: int) -> Map:
+    """All mu64 of the reader."""
     model, reader = load_model(path), ExactReader(*read_model(path))
     z_hat = drawn_z(model.net.config.hyper_channels, shape)
     wanted, wanted_y = walked(model, z_hat, quality)
@@ -70,12 +73,39 @@ def compare(path: Path, shape: tuple[int, int], quality: int) -> None:
         assert (found.mu64 == mu64).all(), f"mu64 of step {number}"
         assert (found.index == index).all(), f"index of step {number}"
     assert (y64 == wanted_y).all()
+    return np.stack([step.mu64 for step in steps])
 
 
 # Latents are four times as wide as z: five cross an attention tile of 16.
 @pytest.mark.parametrize(("shape", "quality"), [((1, 1), 0), ((5, 5), 10000)], ids=str)
 def test_tiny(golden_model_file, shape, quality):
     compare(golden_model_file, shape, quality)
+
+
+def test_narrow_parameter_networks_and_numbers_that_saturate(tmp_path):
+    net = ParaHydra(config_for("tiny", raw_slices=False))
+    rng = np.random.Generator(np.random.PCG64(9))
+    for value in [*net.h_s.parameters(), *net.para_em.parameters()]:
+        size = 6 / np.sqrt(value[0].numel())
+        value.data = torch.from_numpy(rng.uniform(-size, size, tuple(value.shape))).float()
+    net.para_em.unit.fill_(32)
+    export_model(net, tmp_path / "wild.safetensors")
+    mu64 = compare(tmp_path / "wild.safetensors", (2, 1), 5000)
+    assert mu64.max() == -mu64.min() == 64 * 16383.5
+
+
+def test_a_scale_on_a_threshold_takes_the_lower_table(tmp_path):
+    net = ParaHydra(config_for("tiny"))  # its parameter networks still say zero: ln sigma is ln_spread + G
+    quality, ln_gain = 4321, 62842  # floor(62842.8733)
+    thresholds = sigma_thresholds()
+    k, above = 20 + np.arange(32), np.arange(32) % 3 - 1
+    net.para_em.ln_spread[:, 0, 0] = torch.from_numpy((thresholds[k] + above - ln_gain) / 65536)
+    export_model(net, tmp_path / "model.safetensors")
+    compare(tmp_path / "model.safetensors", (1, 1), quality)
+    z_hat = drawn_z(16, (1, 1))
+    steps, _ = ExactReader(*read_model(tmp_path / "model.safetensors")).read(z_hat, quality, drawn_symbols)
+    index = np.concatenate([step.index for step in steps[::2]])[:, 0, 0]
+    assert (index == k + (above > 0)).all()
 
 
 @pytest.mark.parametrize(
