@@ -44,6 +44,11 @@ def test_id_depends_on_the_entropy_path(tiny_model_file, tiny_model, tmp_path):
         (lambda t, m: t.update({"h_s.conv3.weight": t["h_s.conv3.weight"].half()}), "no exact arithmetic without"),
         (lambda t, m: t["h_s.conv3.fraction_bits"].fill_(0), "fraction bits"),
         (lambda t, m: t["h_s.conv3.input_limit"].fill_(0), "input limit"),
+        (lambda t, m: t["para_em.ln_spread"].fill_((1 << 24) + 1), "float32 would round"),
+        (
+            lambda t, m: m.update(config=m["config"].replace('"attention_tile": 16', '"attention_tile": 0')),
+            "tiles of 0",
+        ),
         (lambda t, m: t["tables.sigma_thresholds"].zero_(), "rising"),
         (lambda t, m: t["tables.exp"].zero_(), "falling table"),
         (lambda t, m: t.pop("g_a.klt.weight"), "do not fit their configuration"),

@@ -39,6 +39,7 @@ DEFAULT_MODEL = "fast"
 EXACT_PARTS = ("h_s", "para_em")
 ENTROPY_PARTS = (*(f"{part}." for part in EXACT_PARTS), "tables.")  # what the decoded integers depend on
 CALIBRATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MAX_TILE = 64  # attention within larger tiles could outgrow the exact sums
 HYPER_BOUND = 40  # z beyond it is coded as an escape
 
 
@@ -191,6 +192,8 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
         )
         for kind in ("gaussian", "hyper")
     }
+    if not 1 <= config.attention_tile <= MAX_TILE:
+        raise ModelError(f"{path}: attention tiles of {config.attention_tile} latents; exact ones have 1 to {MAX_TILE}")
     thresholds = _rising(_table(tensors, path, "tables.sigma_thresholds"), path, len(tables["gaussian"]) - 1)
     exponentials = _table(tensors, path, "tables.exp")
     if exponentials.shape != (EXP_LENGTH,) or exponentials[0] != WEIGHT_ONE or (np.diff(exponentials) > 0).any():

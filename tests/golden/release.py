@@ -1,4 +1,4 @@
-"""The golden file of a shipped model: `python -m tests.golden.release fast --write`, once, when its weights are released.
+"""The golden file of a shipped model: `python -m tests.golden.release fast --write`, once, when weights are released.
 
 A corner of the example scene, coded with those weights: models/NAME.phv, and models/NAME.json with the hash of its
 integers. `mvcodec selftest` decodes it on the user's machine.

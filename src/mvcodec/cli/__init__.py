@@ -14,6 +14,7 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model m
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -59,6 +60,9 @@ def group(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with the code of whatever went wrong."""
+    # Before torch is imported: threads that spin while they wait for each other take six times as long on a machine
+    # that does anything else, and so do cameras' computers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = group.main(args, prog_name="mvcodec", standalone_mode=False)
     except click.ClickException as error:

@@ -58,8 +58,8 @@ def exp_below_maximum(scores: Tensor, table: Tensor, dim: int) -> Tensor:
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Integers in float64, |numerator| < 2^52, 1 <= denominator <= 2^28, |quotient| < 2^20 -> it rounded half up.
+    """|numerator| < 2^52, 1 <= denominator <= 2^28, |quotient| < 2^20, in float64 -> the quotient rounded half up.
 
-    Such a quotient is a multiple of 1/2 or at least 2^-29 away from one: float64's error of 2^-33 moves none across.
+    Of integers it is a multiple of 1/2 or at least 2^-29 away from one: float64's error of 2^-33 moves none across.
     """
     return round_half_up(numerator / denominator)

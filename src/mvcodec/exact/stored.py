@@ -17,6 +17,7 @@ from mvcodec.errors import ModelError
 from mvcodec.exact.conv import ExactConvolution, Integers
 from mvcodec.exact.fixed import PARAMETER_GRID
 
+PARAMETER_LIMIT = 1 << 24  # units are powers of two and may be larger
 ARRAYS = {"weight": torch.int16, "bias": torch.int32, "fraction_bits": torch.int8, "input_shift": torch.int8}
 
 
@@ -67,5 +68,7 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str)
         number = stored(name, torch.int32)
         if number.shape != value.shape:
             raise ModelError(f"{prefix}{name} has shape {list(number.shape)}, not {list(value.shape)}")
+        if number.numel() and int(number.long().abs().max()) > PARAMETER_LIMIT and name != "unit":
+            raise ModelError(f"{prefix}{name} holds numbers beyond {PARAMETER_LIMIT}, which float32 would round")
         with torch.no_grad():
             value.copy_(number.double() / PARAMETER_GRID)
