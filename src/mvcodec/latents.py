@@ -46,7 +46,8 @@ def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
 def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
     """z_hat [B, N, h, w] integers, quality t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
     net = model.net
-    with torch.autocast(z_hat.device.type, enabled=False):
+    # NNPACK, which torch may take where oneDNN is off, does not add products but transforms them.
+    with torch.autocast(z_hat.device.type, enabled=False), torch.backends.nnpack.flags(enabled=False):
         hyper = net.h_s(z_hat.double())
         ln_gain = torch.full((z_hat.shape[0],), exact_log_gain(t), dtype=torch.float64, device=z_hat.device)
         y_hat: Tensor = net.para_em(hyper, ln_gain, code)

@@ -91,11 +91,13 @@ class ExactConvolution(Block):
         proved = choose_backend(sums, bias, integers.input_limit, bits)
         if proved is None:
             raise ModelError("the sums of a layer fit no exact number format")
+        device = self.weight.device
+        if device.type == "cuda":
+            backend = Backend.FLOAT64  # whatever is proved for float32 holds there, too
         backend = backend or proved
         self.integers, self.backend = integers, backend
         unit, shift = np.exp2(-bits), np.exp2(-integers.input_shift.astype(np.float64))
-        device = self.weight.device
-        number = torch.float64 if backend is Backend.FLOAT64 or device.type == "cuda" else torch.float32
+        number = torch.float64 if backend is Backend.FLOAT64 else torch.float32
 
         def constant(values: NDArray[np.float64], dtype: torch.dtype = number) -> Tensor:
             return torch.from_numpy(values).to(device, dtype)
