@@ -114,6 +114,7 @@ def test_encoder_and_decoder_with_any_number_of_threads(model, threads, count):
     assert integers_sha256(decode_latents(model, unpack(DATA))) == KNOWN["integers_sha256"]
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch about its own switch
 def test_without_onednn_the_same_file(model):
     with torch.backends.mkldnn.flags(enabled=False):
         assert golden_file(model) == DATA
