@@ -19,7 +19,8 @@ from torch import Tensor
 from mvcodec import entropy
 from mvcodec.container import Damage, Slice, Stream, integer_check
 from mvcodec.entropy.tables import MAX_SYMBOL
-from mvcodec.errors import BitstreamError, DesyncError
+from mvcodec.errors import BitstreamError, DesyncError, ModelError
+from mvcodec.exact.conv import strict
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import bits, gaussian_bits
@@ -46,8 +47,7 @@ def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
 def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
     """z_hat [B, N, h, w] integers, quality t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
     net = model.net
-    # NNPACK, which torch may take where oneDNN is off, does not add products but transforms them.
-    with torch.autocast(z_hat.device.type, enabled=False), torch.backends.nnpack.flags(enabled=False):
+    with torch.autocast(z_hat.device.type, enabled=False), strict():
         hyper = net.h_s(z_hat.double())
         ln_gain = torch.full((z_hat.shape[0],), exact_log_gain(t), dtype=torch.float64, device=z_hat.device)
         y_hat: Tensor = net.para_em(hyper, ln_gain, code)
@@ -71,6 +71,8 @@ class EncodedLatents(NamedTuple):
 
 def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False) -> EncodedLatents:
     """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections."""
+    if not (y.isfinite().all() and z.isfinite().all()):
+        raise ModelError("the encoder's networks gave numbers that are not finite; their weights are damaged")
     z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
     hyper = entropy.encode(_integers(z_hat), _hyper_index(z_hat.shape), model.hyper)
     halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]

@@ -6,7 +6,7 @@ x --g_a--> y --gain--> y q --h_a--> z --round--> z_hat --h_s--> Phi_h --Para-EM-
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,13 +55,49 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
+        """From a file that anybody may have written: TypeError or ValueError if it is no sensible configuration."""
+        if not isinstance(values, dict):
+            raise TypeError("a configuration is a table of settings")
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        return ModelConfig(**{**values, **lists})
+        config = ModelConfig(**{**values, **lists})
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """ValueError for a value of the wrong kind or out of all proportion: networks are built from these."""
+        for setting in fields(self):
+            value, default = getattr(self, setting.name), setting.default
+            numbers = value if isinstance(value, tuple) else (value,)
+            if type(value) is not type(default) or any(type(n) not in (int, str, bool) for n in numbers):
+                raise ValueError(f"{setting.name} cannot be {value!r}")
+            if any(type(n) is int and not 0 <= n <= 2048 for n in numbers) or len(numbers) > 8:
+                raise ValueError(f"{setting.name} of {value} is not within 0 .. 2048")
+            if setting.name in CHOICES and value not in CHOICES[setting.name]:
+                raise ValueError(f"{setting.name} is none of {', '.join(CHOICES[setting.name])}")
+        if not 1 <= self.slices <= 32 or self.latent_channels % self.slices or self.latent_channels < self.slices:
+            raise ValueError(f"{self.slices} slices of {self.latent_channels} channels")
+        if self.window not in (3, 5, 7, 9) or self.attention_tile % 2 or not 2 <= self.quality_knots <= 64:
+            raise ValueError("window, attention tile or number of quality knots")
+        if len(self.fusion_widths) != 2 or len(self.fine_widths) != 2 or not self.parameter_widths:
+            raise ValueError("a list of widths of the wrong length")
+        if any(len(n) != 2 or max(n) > 64 for n in (self.analysis_blocks, self.synthesis_blocks)):
+            raise ValueError("numbers of blocks")
+        sizes = (self.hyper_channels, self.prior_channels, self.context_channels, self.block_channels)
+        if min(*sizes, *self.parameter_widths, *self.fusion_widths, *self.fine_widths) < 1:
+            raise ValueError("a width of zero")
 
     def entropy_switches(self) -> dict[str, Any]:
         """What the decoded integers depend on; everything else may change without a new model id."""
         return {name: value for name, value in self.to_dict().items() if name in ENTROPY_SWITCHES}
 
+
+CHOICES = {
+    "transform": ("klt", "paper"),
+    "channel_context": ("opam", "plain", "hpa", "vpa", "average", "attention2d"),
+    "global_context": ("pgcm", "mlic"),
+    "refine": ("none", "aligned"),
+    "joint": ("opam", "hpa", "vpa", "attention2d", "average", "none"),
+}
 
 ENTROPY_SWITCHES = {
     "latent_channels",

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mvcodec.blank import Uninitialised
 from mvcodec.entropy.tables import Tables, counts_from_pmf, gaussian_tables, sigma_thresholds
 from mvcodec.errors import ModelError
+from mvcodec.exact.check import check_layers
 from mvcodec.exact.fixed import EXP_LENGTH, WEIGHT_ONE, exp_table
 from mvcodec.exact.quantise import fix, quantise
 from mvcodec.exact.stored import exact_layers, load_tensors, to_tensors
@@ -39,6 +40,7 @@ DEFAULT_MODEL = "fast"
 EXACT_PARTS = ("h_s", "para_em")
 ENTROPY_PARTS = (*(f"{part}." for part in EXACT_PARTS), "tables.")  # what the decoded integers depend on
 CALIBRATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
+INTEGER_TYPES = (torch.int8, torch.int16, torch.int32)
 MAX_TILE = 64  # attention within larger tiles could outgrow the exact sums
 HYPER_BOUND = 40  # z beyond it is coded as an escape
 
@@ -75,6 +77,9 @@ class Model:
 
 def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
     """First 8 bytes of SHA-256 over the entropy path: its tensors (name, shape, little-endian data) and config."""
+    inexact = [n for n, x in tensors.items() if n.startswith(ENTROPY_PARTS) and x.dtype not in INTEGER_TYPES]
+    if inexact:
+        raise ModelError(f"no exact arithmetic without its integers: {inexact[0]} is {tensors[inexact[0]].dtype}")
     digest = hashlib.sha256()
     digest.update(json.dumps(config.entropy_switches(), sort_keys=True).encode())
     for name in sorted(n for n in tensors if n.startswith(ENTROPY_PARTS)):
@@ -175,7 +180,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[st
         raise ModelError(f"{path} is not an mvcodec model file (format {FORMAT})")
     try:
         config = ModelConfig.from_dict(json.loads(metadata.pop("config")))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} has no valid configuration: {error}") from error
     return tensors, config, metadata
 
@@ -192,11 +197,12 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
         )
         for kind in ("gaussian", "hyper")
     }
-    if not 1 <= config.attention_tile <= MAX_TILE:
-        raise ModelError(f"{path}: attention tiles of {config.attention_tile} latents; exact ones have 1 to {MAX_TILE}")
+    if not 2 <= config.attention_tile <= MAX_TILE or config.channel_context == "attention2d":
+        raise ModelError(f"{path}: attention beyond tiles of 2 to {MAX_TILE} latents has no exact form")
     thresholds = _rising(_table(tensors, path, "tables.sigma_thresholds"), path, len(tables["gaussian"]) - 1)
     exponentials = _table(tensors, path, "tables.exp")
-    if exponentials.shape != (EXP_LENGTH,) or exponentials[0] != WEIGHT_ONE or (np.diff(exponentials) > 0).any():
+    falling = exponentials.shape == (EXP_LENGTH,) and (np.diff(exponentials) <= 0).all() and exponentials[-1] >= 0
+    if not falling or exponentials[0] != WEIGHT_ONE:
         raise ModelError(f"{path}: tables.exp is not a falling table of {EXP_LENGTH} entries")
     with Uninitialised():
         net = ParaHydra(config)
@@ -215,11 +221,30 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     for part in EXACT_PARTS:
         load_tensors(net.get_submodule(part), tensors, f"{part}.")
         fix(net.get_submodule(part), torch.from_numpy(exponentials))
+    mantissa, exponent = net.para_em.unit.frexp()
+    if (mantissa != 0.5).any() or (exponent < 1).any():
+        raise ModelError(f"{path}: para_em.unit holds something else than powers of two from 1 upwards")
+    _check_machine(net, identity)
     for module in (net.g_a, net.para_jd, net.refinement):
         if module is not None:
             module.to(memory_format=torch.channels_last)
     boundaries = torch.from_numpy(thresholds / 65536).to(device)
     return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, path, about)
+
+
+@lru_cache
+def _checked() -> set[tuple[bytes, str]]:
+    """Models and devices that this process has looked at."""
+    return set()
+
+
+def _check_machine(net: ParaHydra, identity: bytes) -> None:
+    """Once per model and device: DesyncError if this machine would write or read other integers."""
+    key = identity, str(net.gain.log_gain.device)
+    if key not in _checked():
+        layers = [(f"{p}.{n}", x) for p in EXACT_PARTS for n, x in exact_layers(net.get_submodule(p)).items()]
+        check_layers(dict(layers))
+        _checked().add(key)
 
 
 def _rising(values: NDArray[np.int32], path: Path, length: int) -> NDArray[np.int32]:
@@ -231,4 +256,6 @@ def _rising(values: NDArray[np.int32], path: Path, length: int) -> NDArray[np.in
 def _table(tensors: dict[str, Tensor], path: Path, name: str) -> Any:
     if name not in tensors:
         raise ModelError(f"{path}: {name} is missing")
+    if tensors[name].dtype != torch.int32:
+        raise ModelError(f"{path}: {name} is {tensors[name].dtype}, not torch.int32")
     return tensors.pop(name).numpy()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from PIL import Image as pil
+
+from mvcodec import selftest
 
 from .conftest import Cli
 
@@ -113,3 +116,16 @@ def test_train_resumes_and_its_weights_work(cli: Cli, scene: Path) -> None:
     weights = outcome.records[0]["weights"]
     assert cli("encode", scene / "C1/00000000.png", "-o", "a.phv", "--model", weights).code == 0
     assert cli("decode", "a.phv", "--model", weights).code == 0
+
+
+def test_selftest_tells_each_check_and_ends_with_7_where_one_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "CHECKS", (selftest.proofs, selftest.coder))
+    assert [record["check"] for record in cli("selftest", "--json").records] == ["proofs", "coder"]
+
+    def broken(model: object) -> str:
+        raise selftest.Failed("integers differ")
+
+    monkeypatch.setattr(selftest, "CHECKS", (selftest.coder, broken))
+    outcome = cli("selftest")
+    assert outcome.code == 7
+    assert outcome.out.startswith(b"ok  coder")

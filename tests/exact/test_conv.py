@@ -6,6 +6,7 @@ import torch
 
 from mvcodec.errors import ModelError
 from mvcodec.exact.arithmetic import Fixed
+from mvcodec.exact.check import attaining, reference
 from mvcodec.exact.conv import Conv, ConvTranspose, Integers
 from mvcodec.exact.fixed import ACTIVATION_LIMIT, exp_table
 from mvcodec.exact.proof import FLOAT32_BOUND, Backend, choose_backend
@@ -37,17 +38,6 @@ def drawn(layer, backend: Backend, seed: int = 0) -> Integers:
     )
 
 
-def by_definition(layer, integers: Integers, x: np.ndarray) -> np.ndarray:
-    """conv.py's docstring in int64, by one product per tap."""
-    if integers.input_limit < ACTIVATION_LIMIT:
-        r = integers.input_shift.astype(np.int64)[:, None, None]
-        x = np.clip((x + ((1 << r) >> 1)) >> r, -integers.input_limit, integers.input_limit)
-    weight, bias = (torch.from_numpy(v.astype(np.int64)) for v in (integers.weight, integers.bias))
-    sums = layer.sum_by_taps(torch.from_numpy(x), weight, bias).numpy()
-    f = integers.fraction_bits.astype(np.int64)[:, None, None]
-    return np.clip((sums + (1 << (f - 1))) >> f, -ACTIVATION_LIMIT, ACTIVATION_LIMIT)
-
-
 def inputs(layer, kind: str) -> np.ndarray:
     shape = (2, layer._channels[1], 7, 6)
     if kind == "saturated":
@@ -68,7 +58,7 @@ def test_every_backend_computes_the_definition(name, backend, kind):
     with torch.no_grad():
         found = FIXED.convolve(layer, torch.from_numpy(x).float())
     assert found.dtype == torch.float32
-    assert np.array_equal(found.numpy(), by_definition(layer, integers, x))
+    assert np.array_equal(found.numpy(), reference(layer, x))
 
 
 @pytest.mark.parametrize("backend", PRECISIONS)
@@ -78,17 +68,8 @@ def test_the_input_that_attains_the_bound_is_exact(name, backend):
     layer = LAYERS[name]()
     integers = drawn(layer, backend)
     layer.set_integers(integers)
-    kernel = layer.weight.shape[-1]
-    signs = np.sign(integers.weight[:, 0, ::2, ::2] if layer.transposed else integers.weight[0])
-    channels = layer._channels[1]
-    size = signs.shape[-1] if layer.transposed else kernel
-    x = np.zeros((1, channels, size + 2, size + 2), dtype=np.int64)
+    x = attaining(layer)
     shift = integers.input_shift.astype(np.int64)[:, None, None]
-    if layer.transposed:  # an output meets every second tap, mirrored
-        signs = signs[..., ::-1, ::-1]
-    x[0, : signs.shape[0], 1 : size + 1, 1 : size + 1] = signs * np.minimum(
-        integers.input_limit << shift[: signs.shape[0]], ACTIVATION_LIMIT
-    )
     with torch.no_grad():
         found = FIXED.convolve_last(layer, torch.from_numpy(x).float()) * 256
     weight, bias = (torch.from_numpy(v.astype(np.int64)) for v in (integers.weight, integers.bias))

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvcodec import selftest
+from mvcodec import selftest, weights
 from mvcodec.codec import encode_image
 from mvcodec.container import unpack
+from mvcodec.errors import DesyncError
 from mvcodec.exact.arithmetic import FLOAT, use
+from mvcodec.exact.conv import Conv
+from mvcodec.exact.proof import Backend
 from mvcodec.exact.quantise import fix, learn, quantise
 from mvcodec.exact.stored import exact_layers
 from mvcodec.images import Image
@@ -65,8 +68,26 @@ def test_selftest_finds_a_machine_that_rounds(tiny_model_file):
     model = load_model(tiny_model_file)
     layer = model.net.h_s.conv3
     layer.rounded = (layer.rounded[0] + 2.0**-3, *layer.rounded[1:])
-    with torch.inference_mode(), pytest.raises(selftest.Failed, match=r"h_s\.conv3"):
+    with torch.inference_mode(), pytest.raises(DesyncError, match=r"h_s\.conv3"):
         selftest.extreme_inputs(model)
+
+
+def test_a_machine_that_rounds_float32_is_noticed_when_a_model_is_loaded(tiny_model_file, tmp_path, monkeypatch):
+    """As oneDNN's fast math does where the processor has it: operands of a convolution become bfloat16."""
+    exact = Conv._sum
+    monkeypatch.setattr(Conv, "_sum", lambda self, x, w, b: exact(self, x.bfloat16().to(x), w.bfloat16().to(w), b))
+    copied = tmp_path / "tiny.safetensors"
+    copied.write_bytes(tiny_model_file.read_bytes())
+    monkeypatch.setattr(weights, "_checked", set)  # as in a new process
+    with pytest.raises(DesyncError, match="does not add exactly"):
+        weights.load_model(copied)
+
+
+def test_where_the_environment_allows_rounding_float64_is_used(tiny_model, tiny_model_file, monkeypatch):
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    careful = weights.load_model(tiny_model_file)
+    assert {layer.backend for _, layer in selftest.entropy_layers(careful)} == {Backend.FLOAT64}
+    assert selftest.walk_digest(careful) == selftest.walk_digest(tiny_model)
 
 
 SWITCHES = [

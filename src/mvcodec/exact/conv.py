@@ -10,6 +10,9 @@ and floor(256 H + L) is built from their exact sums without ever forming the lon
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,31 @@ from mvcodec.exact.proof import Backend, choose_backend, largest_sum
 WEIGHT_LIMIT = 32767  # integer weights are stored in 16 bits
 FRACTION_BITS = (1, 15)  # f: a sum of 2^24 or more then saturates, however its last bits were rounded
 INPUT_SHIFTS = (0, 15)  # r
+FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # let oneDNN round float32 operands
+
+# NNPACK, which torch may take where oneDNN is off, transforms instead of adding. It is off for good: a switch that is
+# put back would be put back under another thread's feet.
+torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Float32 means float32 in this block, whatever torch was told about speed."""
+    switch = getattr(torch.backends.mkldnn, "conv", None)  # torch 2.9 and later
+    before = getattr(switch, "fp32_precision", None)
+    if before not in ("bf16", "tf32"):
+        yield
+        return
+    switch.fp32_precision = "ieee"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before  # type: ignore[union-attr]
+
+
+def _float32_is_kept(device: torch.device) -> bool:
+    """Not where cuDNN chooses kernels, nor where the environment lets oneDNN round operands."""
+    return device.type != "cuda" and all(os.environ.get(name, "STRICT").upper() == "STRICT" for name in FAST_MATH)
 
 
 @dataclass(frozen=True)
@@ -92,7 +120,7 @@ class ExactConvolution(Block):
         if proved is None:
             raise ModelError("the sums of a layer fit no exact number format")
         device = self.weight.device
-        if device.type == "cuda":
+        if not _float32_is_kept(device):
             backend = Backend.FLOAT64  # whatever is proved for float32 holds there, too
         backend = backend or proved
         self.integers, self.backend = integers, backend
