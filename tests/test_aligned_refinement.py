@@ -31,7 +31,7 @@ def scrambled() -> AlignedRefinement:
     return model.eval()
 
 
-QUALITY = torch.tensor([0.2, 0.5, 0.8])
+QUALITY = torch.tensor([0.3, 0.5, 0.7])
 
 
 @torch.no_grad()
@@ -55,6 +55,16 @@ def test_one_view_is_the_same_as_no_peers() -> None:
         single = model(pictures[k : k + 1], QUALITY[k : k + 1]).pictures[0]
         torch.testing.assert_close(single, alone.pictures[k])
     assert not torch.allclose(model(pictures, QUALITY).pictures, alone.pictures, atol=1e-3)
+
+
+@torch.no_grad()
+def test_much_coarser_peers_are_left_out_and_finer_ones_are_not() -> None:
+    model, pictures = scrambled(), views()
+    quality = torch.tensor([0.1, 0.9, 0.15])
+    alone, together = model(pictures, quality, peers=False), model(pictures, quality)
+    assert torch.equal(together.pictures[1], alone.pictures[1])
+    assert together.weights[1].tolist() == [0, 1, 0]
+    assert (together.weights[0, 1:] > 0).all()
 
 
 @torch.no_grad()
