@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvcodec import entropy
 from mvcodec.entropy.tables import MAX_SYMBOL, gaussian_tables, sigma_thresholds
@@ -28,7 +28,7 @@ from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.checkpoint import starting_weights
 from mvcodec.training.data import find_scenes, read_rgb
 from mvcodec.training.export import calibration_pictures
-from mvcodec.weights import CALIBRATION_QUALITIES, EXACT_PARTS
+from mvcodec.weights import CALIBRATION_QUALITIES, exact_parts
 
 QUALITIES = (0, 25, 50, 75, 100)
 TABLES = gaussian_tables()
@@ -41,7 +41,7 @@ class EntropyPath:
     def __init__(self, net: ParaHydra, replay_on: list[Tensor] | None, exact: bool) -> None:
         self.net, self.number = copy.deepcopy(net), torch.float64 if exact else torch.float32
         if exact:
-            parts = nn.ModuleDict({part: self.net.get_submodule(part) for part in EXACT_PARTS})
+            parts = exact_parts(self.net)
 
             def replay() -> None:
                 for views in replay_on or []:

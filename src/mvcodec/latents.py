@@ -55,9 +55,13 @@ def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
 
 
 def slice_check(y_hat: Tensor) -> int:
-    """16-bit check of a slice [1, C, h, w]: of its values in units of 1/64, little-endian int32 in C order."""
-    integers = (y_hat * MU_GRID).to(torch.int32).cpu().numpy()
-    return integer_check(integers.astype("<i4").tobytes())
+    """16-bit check of a slice [1, C, h, w]."""
+    return integer_check(integer_bytes(y_hat))
+
+
+def integer_bytes(y_hat: Tensor) -> bytes:
+    """y_hat in units of 1/64: little-endian int32 in C order."""
+    return (y_hat * MU_GRID).to(torch.int32).cpu().numpy().astype("<i4").tobytes()
 
 
 class EncodedLatents(NamedTuple):

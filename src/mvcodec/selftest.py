@@ -28,8 +28,8 @@ from mvcodec.exact.conv import ExactConvolution, Integers
 from mvcodec.exact.proof import FLOAT32_BOUND, FLOAT64_BOUND, HALF_LIMIT, Backend, choose_backend
 from mvcodec.exact.stored import exact_layers
 from mvcodec.files import shipped
-from mvcodec.latents import MU_GRID, decode_latents, encode_latents
-from mvcodec.weights import EXACT_PARTS, Model, load_model
+from mvcodec.latents import MU_GRID, decode_latents, encode_latents, integer_bytes
+from mvcodec.weights import Model, exact_parts, load_model
 
 # Settings of a process that must not change an integer.
 SURROUNDINGS: tuple[dict[str, str], ...] = (
@@ -56,7 +56,7 @@ def proofs(model: Model) -> str:
     """Every bound anew, in Python's integers."""
     found: Counter[str] = Counter()
     tightest = 0.0
-    for name, layer in entropy_layers(model):
+    for name, layer in entropy_layers(model).items():
         integers = layer.integers
         assert integers is not None
         assert layer.backend is not None
@@ -79,7 +79,7 @@ def proofs(model: Model) -> str:
 
 def extreme_inputs(model: Model) -> str:
     """Each distinct kind of layer on the input that attains its bound, on a saturated one and on a random one."""
-    kinds = check_layers(dict(entropy_layers(model)))
+    kinds = check_layers(entropy_layers(model))
     return f"{kinds} kinds of layers equal int64 on random, saturated and bound-attaining inputs"
 
 
@@ -125,8 +125,9 @@ def all_backends(model: Model) -> str:
     """The whole walk with every layer in float64, against the proved choice; on CUDA, also against the CPU."""
     digest = walk_digest(model)
     other = load_model(model.path, "cpu")
-    for _, layer in entropy_layers(other):
-        force_float64(layer)
+    for layer in entropy_layers(other).values():
+        assert layer.integers is not None
+        layer.set_integers(layer.integers, Backend.FLOAT64)
     if walk_digest(other) != digest:
         raise Failed("float64 throughout gives other integers than the chosen back ends")
     where = f"{model.device} and CPU, " if model.device.type != "cpu" else ""
@@ -204,9 +205,8 @@ def run(model: Model) -> Iterator[tuple[str, str]]:
         yield check.__name__.replace("_", " "), check(model)
 
 
-def entropy_layers(model: Model) -> list[tuple[str, ExactConvolution]]:
-    parts = ((part, model.net.get_submodule(part)) for part in EXACT_PARTS)
-    return [(f"{part}.{name}", layer) for part, net in parts for name, layer in exact_layers(net).items()]
+def entropy_layers(model: Model) -> dict[str, ExactConvolution]:
+    return exact_layers(exact_parts(model.net))
 
 
 def sum_per_output(layer: ExactConvolution, integers: Integers) -> list[int]:
@@ -215,13 +215,6 @@ def sum_per_output(layer: ExactConvolution, integers: Integers) -> list[int]:
         return [sum(map(abs, row)) for row in integers.weight.reshape(len(integers.weight), -1).tolist()]
     phases = [np.moveaxis(integers.weight[:, :, i::2, j::2], 1, 0) for i in (0, 1) for j in (0, 1)]
     return [max(sum(map(abs, p[c].ravel().tolist())) for p in phases) for c in range(integers.weight.shape[1])]
-
-
-def force_float64(layer: ExactConvolution) -> None:
-    """Compute the layer in float64, whatever its proof allows."""
-    integers = layer.integers
-    assert integers is not None
-    layer.set_integers(integers, Backend.FLOAT64)
 
 
 def drawn_latents(model: Model, height: int = 36, width: int = 40, seed: int = 2026) -> tuple[Tensor, Tensor]:
@@ -251,7 +244,7 @@ def walk_digest(model: Model) -> str:
 
 def integers_sha256(y_hat: Tensor) -> str:
     """Of y_hat in units of 1/64: int32, little-endian, C order."""
-    return hashlib.sha256((y_hat * MU_GRID).to(torch.int32).cpu().numpy().astype("<i4").tobytes()).hexdigest()
+    return hashlib.sha256(integer_bytes(y_hat)).hexdigest()
 
 
 def golden_facts(model: Model) -> tuple[bytes, str] | None:

@@ -123,9 +123,14 @@ def _taken_from(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.startswith(ENTROPY_PARTS)}
 
 
+def exact_parts(net: ParaHydra) -> nn.ModuleDict:
+    """What counts in integers, as one network whose names are those of `net`."""
+    return nn.ModuleDict({part: net.get_submodule(part) for part in EXACT_PARTS})
+
+
 def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
     """Integers of h_s and Para-EM, and all tables."""
-    parts = nn.ModuleDict({part: net.get_submodule(part) for part in EXACT_PARTS})
+    parts = exact_parts(net)
 
     @torch.no_grad()
     def replay() -> None:
@@ -242,8 +247,7 @@ def _check_machine(net: ParaHydra, identity: bytes) -> None:
     """Once per model and device: DesyncError if this machine would write or read other integers."""
     key = identity, str(net.gain.log_gain.device)
     if key not in _checked():
-        layers = [(f"{p}.{n}", x) for p in EXACT_PARTS for n, x in exact_layers(net.get_submodule(p)).items()]
-        check_layers(dict(layers))
+        check_layers(exact_layers(exact_parts(net)))
         _checked().add(key)
 
 

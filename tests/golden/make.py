@@ -21,6 +21,7 @@ from mvcodec.images import Image
 from mvcodec.latents import HYPER_STRIDE, LATENT_STRIDE, MU_GRID, EncodedLatents, encode_latents
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.selftest import integers_sha256
 from mvcodec.weights import Model, export_model, load_model
 
 GOLDEN = Path(__file__).parent / "tiny.phv"
@@ -93,11 +94,6 @@ def picture_margin(model: Model) -> float:
     error = (y - y_hat).abs()
     ties = torch.cat([(error - 0.5).abs().flatten(), ((z - z.round()).abs() - 0.5).abs().flatten()])
     return float(ties.min())
-
-
-def integers_sha256(y_hat: torch.Tensor) -> str:
-    """Of y_hat in units of 1/64, int32 little-endian, in C order."""
-    return hashlib.sha256((y_hat * MU_GRID).to(torch.int32).numpy().astype("<i4").tobytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Fixed:
         return layer.convolve_fixed(x)
 
     def convolve_last(self, layer: ExactConvolution, x: Tensor) -> Tensor:
-        return layer.accumulate(x).double() / ACTIVATION_UNIT
+        return layer.accumulate(x) / ACTIVATION_UNIT
 
     def leaky(self, x: Tensor) -> Tensor:
         # Rounded, not floored: half a unit less in every negative activation would add up over a layer's inputs.

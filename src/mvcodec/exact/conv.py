@@ -92,7 +92,7 @@ class ExactConvolution(Block):
     def convolve_fixed(self, x: Tensor) -> Tensor:
         """Activations -> activations: float32 integers."""
         if self.learning:
-            return fixed.saturate(fixed.floor(self._learning_sum(x) + 0.5))
+            return fixed.saturate(fixed.round_half_up(self._learning_sum(x)))
         high, low = self._sums(x, self.rounded)
         if low is not None:
             # Flooring the low part to the grid of the high one, or to integers, leaves the floor of the sum alone.
@@ -140,8 +140,6 @@ class ExactConvolution(Block):
         self.plain, self.rounded = offsets(bias), offsets(bias + (1 << (bits - 1)))
         self.low_grid = constant(np.exp2(np.maximum(bits - 8, 0))[:, None, None])
         self.input_scale = constant(shift[:, None, None], torch.float32)
-        self.learning_scale = constant(self._along_output(1 / unit) / self._along_input(shift), torch.float32)
-        self.learning_unit = constant(self._along_output(unit), torch.float32)
         with torch.no_grad():
             self.weight.copy_(constant(weight * self._along_input(shift), torch.float64))
             self.bias.copy_(constant(bias * unit / ACTIVATION_UNIT, torch.float64))
@@ -188,8 +186,11 @@ class ExactConvolution(Block):
 
     def _learning_sum(self, x: Tensor) -> Tensor:
         """The sum with input, weight and bias rounded as for inference, differentiable; sums themselves may round."""
-        weight = fixed.floor(self.weight * self.learning_scale + 0.5).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
-        return self._sum(self._input(x), weight * self.learning_unit, self.bias * ACTIVATION_UNIT)
+        assert self.integers is not None
+        f, r = (torch.from_numpy(v).to(x) for v in (self.integers.fraction_bits, self.integers.input_shift))
+        grid, shift = self._along_output(torch.exp2(f)), self._along_input(torch.exp2(r))
+        weight = fixed.floor(self.weight * (grid * shift) + 0.5).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
+        return self._sum(self._input(x), weight / grid, self.bias * ACTIVATION_UNIT)
 
     def sum_by_taps(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The convolution as one matrix product per tap, for any number type: int64 is the tests' reference."""

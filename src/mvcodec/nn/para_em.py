@@ -25,9 +25,8 @@ from mvcodec.nn.local_context import CheckerboardAttention
 from mvcodec.nn.parallax_attention import SourceFeatures
 from mvcodec.nn.pmifm import Fusion, ParallaxSource
 
-LN_PRIOR_FLOOR = (
-    -1.2001953125
-)  # sigma 0.3, on a binary grid: a sparse channel's standard deviation is far below the scale of its few symbols
+# sigma 0.3, on a binary grid: a sparse channel's standard deviation is far below the scale of its few symbols
+LN_PRIOR_FLOOR = -1.2001953125
 
 # code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
 CodeStep = Callable[[int, Tensor, Tensor], Tensor]
