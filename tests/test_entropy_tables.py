@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from mvcodec.entropy.tables import SIGMAS, TOTAL, Tables, counts_from_pmf, gaussian_tables
+from mvcodec.entropy.tables import SIGMAS, TOTAL, Tables, counts_from_pmf, fitted_tables, gaussian_tables
 from mvcodec.errors import ModelError
 
 
@@ -47,6 +47,25 @@ def test_gaussian_tables_follow_the_recipe_of_the_specification() -> None:
     tables = gaussian_tables()
     assert tables.offsets[[0, 1, 20, 40, 63]].tolist() == [-3, -3, -9, -78, -1282]
     assert np.abs(rows(tables)[10] - [1, 1, 3, 6035, 53456, 6034, 3, 1, 1, 1]).max() <= 1
+
+
+def test_fitted_tables_follow_what_was_seen_and_the_gaussian_where_nothing_was() -> None:
+    rng = np.random.default_rng(0)
+    seen = np.zeros((64, 201), dtype=np.int64)
+    laplace = np.rint(rng.laplace(0, SIGMAS[20] / math.sqrt(2), 200_000)).astype(int)
+    np.add.at(seen[20], laplace + 100, 1)
+    fitted, gaussian = rows(fitted_tables(seen)), rows(gaussian_tables())
+    assert all((fitted[i] == gaussian[i]).all() for i in range(64) if i != 20)
+
+    def bits(row: NDArray[np.int64]) -> float:
+        half = len(row) // 2 - 1
+        entry = np.where(np.abs(laplace) <= half, laplace + half, len(row) - 1)
+        return float(-np.log2(row[entry] / TOTAL).sum())
+
+    p = np.bincount(laplace + 100) / len(laplace)
+    entropy = -(p[p > 0] * np.log2(p[p > 0])).sum() * len(laplace)
+    assert bits(fitted[20]) < 1.002 * entropy < 0.98 * bits(gaussian[20])
+    assert fitted[20][-1] == pytest.approx((np.abs(laplace) > 9).mean() * TOTAL, abs=2), "the rest is the escape's"
 
 
 def test_arrays_are_the_way_into_the_weights_file_and_back() -> None:

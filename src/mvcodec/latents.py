@@ -44,6 +44,11 @@ def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
     )
 
 
+def quantised(y: Tensor, mu: Tensor, index: Tensor) -> Tensor:
+    """y and its parameters -> symbols, as integers in float64. Those of the lowest sigma are not coded, and zero."""
+    return torch.where(index == 0, 0.0, (y - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL))
+
+
 def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
     """z_hat [B, N, h, w] integers, quality t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
     net = model.net
@@ -85,8 +90,7 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
 
     def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
         mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-        symbols = (halves[step] - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-        symbols = torch.where(index == 0, 0.0, symbols)  # the lowest sigma is not coded
+        symbols = quantised(halves[step], mu, index)
         sections.append(entropy.encode(_integers(symbols), _integers(index), model.gaussian))
         if estimate:
             estimates.append(gaussian_bits(symbols, ln_sigma).item())

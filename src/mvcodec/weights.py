@@ -51,7 +51,7 @@ class Model:
 
     name: str
     net: ParaHydra
-    gaussian: Tables  # 64 scales, for y
+    gaussian: Tables  # 64 scales, for y: of a Gaussian, or fitted
     hyper: Tables  # one per channel, for z
     sigma_thresholds: Tensor  # [63] float64, between the logarithms of neighbouring scales
     id: bytes  # 8 bytes, see the module's docstring
@@ -95,12 +95,14 @@ def export_model(
     about: Mapping[str, str] | None = None,
     pictures: Sequence[Tensor] = (),
     bits_of: Path | None = None,
+    gaussian: Tables | None = None,
 ) -> bytes:
     """Write `net` as a model file, whole or not at all; returns the model id.
 
     An entropy path without integers gets them here: calibrated on `pictures` (each [K, 3, H, W], sides multiples of
     64), or with 16-bit inputs throughout if there are none, which is slower. bits_of: a model file whose entropy path
-    is taken as it is, and with it the id, so that whatever it has written can be read.
+    is taken as it is, and with it the id, so that whatever it has written can be read. gaussian: tables of y, if not
+    those of a Gaussian.
     """
     metadata = {"format": FORMAT, "config": json.dumps(net.config.to_dict()), **(about or {})}
     tensors = {}
@@ -109,7 +111,7 @@ def export_model(
             tensors[name] = value.detach().cpu().half().contiguous()
             if not torch.isfinite(tensors[name]).all():
                 raise ModelError(f"{name} does not fit fp16 or is not finite; the model cannot be exported")
-    tensors |= _entropy_path(net, pictures) if bits_of is None else _taken_from(bits_of, net.config)
+    tensors |= _entropy_path(net, pictures, gaussian) if bits_of is None else _taken_from(bits_of, net.config)
     with atomic(path) as file:
         file.write(to_safetensors(tensors, metadata=metadata))
     return entropy_id(tensors, net.config)
@@ -128,7 +130,7 @@ def exact_parts(net: ParaHydra) -> nn.ModuleDict:
     return nn.ModuleDict({part: net.get_submodule(part) for part in EXACT_PARTS})
 
 
-def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables | None) -> dict[str, Tensor]:
     """Integers of h_s and Para-EM, and all tables."""
     parts = exact_parts(net)
 
@@ -144,7 +146,7 @@ def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor]) -> dict[str, Tenso
     pmf = net.z_prior.pmf(HYPER_BOUND).cpu().numpy()
     counts = counts_from_pmf(pmf / np.maximum(pmf.sum(axis=1, keepdims=True), 1.0))
     hyper = Tables(counts.flatten(), [counts.shape[1]] * len(counts), [-HYPER_BOUND] * len(counts))
-    for kind, tables in (("gaussian", gaussian_tables()), ("hyper", hyper)):
+    for kind, tables in (("gaussian", gaussian or gaussian_tables()), ("hyper", hyper)):
         for name, array in tables.arrays().items():
             tensors[f"tables.{kind}.{name}"] = torch.from_numpy(array.astype(np.int32))
     tensors["tables.sigma_thresholds"] = torch.from_numpy(sigma_thresholds())

@@ -23,7 +23,7 @@ from mvcodec.errors import UsageError
     "--calibrate",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DATA_DIR",
-    help="Training pictures. The entropy path then reads as few bits as it needs and takes half the time.",
+    help="Training pictures. The entropy path then takes half the time, and its tables fit: 1 % fewer bits.",
 )
 @click.option(
     "--bits-of",

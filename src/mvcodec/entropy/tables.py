@@ -27,6 +27,9 @@ SIGMAS: NDArray[np.float64] = np.exp(np.linspace(math.log(0.11), math.log(256.0)
 literature's lower bound: |N(0, 0.11)| exceeds 1/2 once in 180,000, so forcing index 0 to zero is free."""
 
 
+PRIOR_WEIGHT = 4  # of a fitted table: how many sightings of every entry its Gaussian is worth
+
+
 def sigma_thresholds() -> NDArray[np.int32]:
     """[63] boundaries between neighbouring `SIGMAS` on the log axis, in units of 2^-16. For export: it calls log."""
     logarithms = np.log(SIGMAS)
@@ -40,7 +43,7 @@ class Tables:
     counts:  [sum(lengths)] integers >= 1, row after row; each row sums to 65536, its last entry is the escape
     lengths: [T] entries per row, escape included, >= 2
     offsets: [T] value of each row's first entry; 0 must lie inside the row
-    skip_first: symbols of table 0 are not coded and are always 0 (the lowest sigma of the Gaussian tables)
+    skip_first: symbols of table 0 are not coded and are always 0 (the lowest sigma of y)
 
     Raises ModelError for tables that break a rule: they come from a weights file.
     """
@@ -87,18 +90,46 @@ class Tables:
 
 
 def gaussian_tables() -> Tables:
-    """Tables of round(N(0, sigma)) for the 64 `SIGMAS`; index 0 is not coded. For export only: it calls erf.
+    """Tables of round(N(0, sigma)) for the 64 `SIGMAS`; index 0 is not coded. For export only: it calls erf."""
+    return _tables_of_scales([_gaussian_pmf(sigma) for sigma in SIGMAS])
+
+
+def fitted_tables(seen: NDArray[np.int64]) -> Tables:
+    """`gaussian_tables` bent towards what was seen: at one sigma, real symbols have more zeros and heavier tails.
+
+    seen: [64, 2 S + 1] how often each symbol -S .. S occurred with each sigma index; larger ones in the outermost.
+    A row's Gaussian counts as `PRIOR_WEIGHT` sightings per entry, so scales that were hardly seen stay as they are.
+    """
+    middle = seen.shape[1] // 2
+    rows = []
+    for sigma, row in zip(SIGMAS, (seen + seen[:, ::-1]) / 2, strict=True):
+        gaussian = _gaussian_pmf(sigma)
+        half = len(gaussian) // 2
+        inside = np.zeros_like(gaussian)
+        reach = min(half, middle)
+        inside[half - reach : half + reach + 1] = row[middle - reach : middle + reach + 1]
+        prior = PRIOR_WEIGHT * len(gaussian)
+        rows.append((inside + prior * gaussian) / (row.sum() + prior))  # what lies outside is left to the escape
+    rows[0] = _gaussian_pmf(SIGMAS[0])  # not coded
+    return _tables_of_scales(rows)
+
+
+def _gaussian_pmf(sigma: float) -> NDArray[np.float64]:
+    """round(N(0, sigma)) over -half .. half.
 
     Half-width ceil(5 sigma) + 2: costs a Gaussian source 0.014 bit at sigma 256, nothing below 16, and saves
     up to 0.02 bit on heavier tails (Laplace, Student), as real latents have; outliers would be escapes.
     """
-    rows, offsets = [], []
-    for sigma in SIGMAS:
-        half = math.ceil(5 * sigma) + 2
-        edges = [math.erf((k - 0.5) / (sigma * math.sqrt(2))) for k in range(-half, half + 2)]
-        rows.append(counts_from_pmf(0.5 * np.diff(edges)[None])[0])
-        offsets.append(-half)
-    return Tables(np.concatenate(rows), [len(row) for row in rows], offsets, skip_first=True)
+    half = math.ceil(5 * sigma) + 2
+    edges = [math.erf((k - 0.5) / (sigma * math.sqrt(2))) for k in range(-half, half + 2)]
+    pmf: NDArray[np.float64] = 0.5 * np.diff(edges)
+    return pmf
+
+
+def _tables_of_scales(pmfs: list[NDArray[np.float64]]) -> Tables:
+    """Tables of symmetric rows, the first of which is not coded."""
+    rows = [counts_from_pmf(pmf[None])[0] for pmf in pmfs]
+    return Tables(np.concatenate(rows), [len(row) for row in rows], [-(len(p) // 2) for p in pmfs], skip_first=True)
 
 
 def counts_from_pmf(pmf: ArrayLike) -> NDArray[np.int64]:

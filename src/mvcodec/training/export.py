@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from zipfile import is_zipfile
 
@@ -15,7 +16,8 @@ from mvcodec.files import atomic
 from mvcodec.parahydra import PAD_MULTIPLE, ModelConfig, ParaHydra
 from mvcodec.training.curves import columns
 from mvcodec.training.data import find_scenes, read_rgb
-from mvcodec.weights import export_model
+from mvcodec.training.table_fit import fit_tables
+from mvcodec.weights import export_model, load_model
 
 ABOUT = ("stage", "batch", "crop", "seed")  # what of the run's settings the model file tells
 
@@ -51,14 +53,21 @@ def export_checkpoint(
 ) -> bytes:
     """Write the model file, whole or not at all; returns the model id.
 
-    calibration: folder of training pictures, for an entropy path that is quick; bits_of: see `export_model`.
+    calibration: folder of training pictures, for an entropy path that is quick and tables that fit; bits_of: see
+    `export_model`.
     """
     state = read_checkpoint(checkpoint)
     net = ParaHydra(ModelConfig.from_dict(state["model_config"]))
     net.load_state_dict(state["ema"])
     about = {name: str(state["train_config"][name]) for name in ABOUT}
     pictures = calibration_pictures(calibration) if calibration else []
-    return export_model(net, target, {"steps": str(state["step"]), **about}, pictures, bits_of)
+    gaussian = None
+    if pictures and bits_of is None:
+        with TemporaryDirectory() as folder:
+            draft = Path(folder) / target.name
+            export_model(net, draft, pictures=pictures)
+            gaussian = fit_tables(load_model(draft), pictures)
+    return export_model(net, target, {"steps": str(state["step"]), **about}, pictures, bits_of, gaussian)
 
 
 def describe(checkpoint: Path, target: Path, identity: bytes) -> Path:
