@@ -37,7 +37,7 @@ def _names(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str
 )
 @click.option(
     "--peers",
-    default="jpeg,webp,avif,jxl,x265",
+    default="jpeg,webp,avif,jxl,x265,vvc,vvc-video",
     show_default=True,
     metavar="NAME,...",
     callback=_names,

@@ -30,17 +30,22 @@ def usable_peers(names: Sequence[str], tell: Tell) -> list[Peer]:
 
 
 def measure_peer(scene: Scene, peer: Peer, ledger: Ledger) -> list[Point]:
-    """Every view at every setting; each view is a scene of its own, for a peer sees no other."""
-    points = []
-    for view in scene.views:
-        alone = Scene(scene.name, (view,))
+    """Every view at every setting. To a peer that sees one view a file, each is a scene of its own."""
+    groups = [scene] if peer.together else [Scene(scene.name, (view,)) for view in scene.views]
+    points: list[Point] = []
+    for group in groups:
         for setting in peer.settings:
-            point = ledger.get(peer.name, peer.about, alone, view, setting)
-            if point is None:
-                data, decoded = peer.code(view.pixels, setting)
-                point = measure(peer.name, peer.about, alone, view, setting, len(data), decoded)
-                ledger.add([point])
-            points.append(point)
+            kept = [ledger.get(peer.name, peer.about, group, view, setting) for view in group.views]
+            found = [point for point in kept if point is not None]
+            if len(found) < len(kept):
+                data, decoded = peer.code([view.pixels for view in group.views], setting)
+                share = round(len(data) / len(decoded))  # bytes of a common file
+                found = [
+                    measure(peer.name, peer.about, group, view, setting, share, pixels)
+                    for view, pixels in zip(group.views, decoded, strict=True)
+                ]
+                ledger.add(found)
+            points += found
     return points
 
 

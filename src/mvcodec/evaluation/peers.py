@@ -1,4 +1,4 @@
-"""Other codecs under the same ruler: each codes one picture at one setting, and its bytes are decoded again.
+"""Other codecs under the same ruler: each codes pictures at one setting, and its bytes are decoded again.
 
 Every peer gets its best common setting for fidelity in RGB: full chroma where the format has it, slow search, no
 metadata. A peer whose library or program is not here says so through `missing`; nothing is installed or required.
@@ -7,22 +7,19 @@ metadata. A peer whose library or program is not here says so through `missing`;
 from __future__ import annotations
 
 import io
-import shutil
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as pil
 from PIL import features
 
-from mvcodec.errors import MvcodecError
+from mvcodec.evaluation import ffmpeg
+from mvcodec.evaluation.ffmpeg import Picture
 
-Picture = NDArray[np.uint8]  # [H, W, 3] RGB
-Coder = Callable[[Picture, int], tuple[bytes, Picture]]  # picture, setting -> file, decoded picture
+Coder = Callable[[Sequence[Picture], int], tuple[bytes, list[Picture]]]  # pictures, setting -> file, decoded pictures
 
 
 @dataclass(frozen=True)
@@ -34,56 +31,18 @@ class Peer:
     settings: tuple[int, ...]  # in order of rising rate
     code: Coder
     missing: Callable[[], str]  # why it cannot run here, "" if it can
+    together: bool = False  # all views of a scene in one file, by an encoder that sees them all; else one view a file
 
 
 def _by_pillow(form: str, **options: Any) -> Coder:
-    def code(picture: Picture, quality: int) -> tuple[bytes, Picture]:
+    def code(pictures: Sequence[Picture], quality: int) -> tuple[bytes, list[Picture]]:
+        (picture,) = pictures
         file = io.BytesIO()
         pil.fromarray(picture).save(file, form, quality=quality, **options)
         with pil.open(file) as decoded:
-            return file.getvalue(), np.asarray(decoded.convert("RGB"))
+            return file.getvalue(), [np.asarray(decoded.convert("RGB"))]
 
     return code
-
-
-def _code_x265(picture: Picture, qp: int) -> tuple[bytes, Picture]:
-    """One intra picture as a raw HEVC stream. The colour transform is ours: ffmpeg's rounds to lower precision."""
-    height, width, _ = picture.shape
-    raw = ["-f", "rawvideo", "-pix_fmt", "yuvj444p"]
-    options = f"qp={qp}:keyint=1:info=0:aud=0:repeat-headers=0:log-level=none"
-    encode = ["-c:v", "libx265", "-preset", "slow", "-tune", "psnr", "-x265-params", options]
-    data = _ffmpeg(
-        [*raw, "-s", f"{width}x{height}", "-i", "-", "-frames:v", "1", *encode, "-f", "hevc", "-"],
-        _to_ycbcr(picture).tobytes(),
-    )
-    planes = np.frombuffer(_ffmpeg(["-f", "hevc", "-i", "-", *raw, "-"], data), np.uint8)
-    return data, _from_ycbcr(planes.reshape(3, height, width))
-
-
-def _ffmpeg(arguments: list[str], data: bytes) -> bytes:
-    done = subprocess.run(
-        ["ffmpeg", "-hide_banner", "-loglevel", "error", *arguments], input=data, capture_output=True, check=False
-    )
-    if done.returncode:
-        raise MvcodecError(f"ffmpeg failed: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
-
-
-# BT.601 over the full range, as JPEG has it; rows Y, Cb, Cr.
-_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]])
-_CENTRE = np.array([0.0, 128.0, 128.0])
-
-
-def _to_ycbcr(picture: Picture) -> NDArray[np.uint8]:
-    """[H, W, 3] RGB -> [3, H, W] planes."""
-    planes = (picture @ _YCBCR.T + _CENTRE).round().clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(planes.transpose(2, 0, 1))
-
-
-def _from_ycbcr(planes: NDArray[np.uint8]) -> Picture:
-    values = (planes.transpose(1, 2, 0) - _CENTRE) @ np.linalg.inv(_YCBCR).T
-    pixels: Picture = values.round().clip(0, 255).astype(np.uint8)
-    return pixels
 
 
 def _without_feature(feature: str) -> Callable[[], str]:
@@ -97,13 +56,6 @@ def _without_jxl() -> str:
     except ImportError:
         return "pillow-jxl-plugin is not installed"
     return ""
-
-
-@cache
-def _without_x265() -> str:
-    if shutil.which("ffmpeg") is None:
-        return "ffmpeg is not on PATH"
-    return "" if b"libx265" in _ffmpeg(["-encoders"], b"") else "this ffmpeg was built without libx265"
 
 
 PEERS = {
@@ -141,8 +93,23 @@ PEERS = {
             "x265",
             "x265 intra, 4:4:4 8 bit, preset slow, tune psnr",
             (47, 42, 37, 32, 27, 22, 17),
-            _code_x265,
-            _without_x265,
+            ffmpeg.code_x265,
+            lambda: ffmpeg.missing("libx265"),
+        ),
+        Peer(
+            "vvc",
+            "VVenC intra, 4:2:0 10 bit, preset medium, no qpa",
+            (47, 42, 37, 32, 27, 22, 17),
+            ffmpeg.code_vvenc,
+            lambda: ffmpeg.missing("libvvenc"),
+        ),
+        Peer(
+            "vvc-video",
+            "VVenC, all views of a scene as one video, 4:2:0 10 bit, preset medium, no qpa",
+            (47, 42, 37, 32, 27, 22, 17),
+            ffmpeg.code_vvenc,
+            lambda: ffmpeg.missing("libvvenc"),
+            together=True,
         ),
     )
 }
