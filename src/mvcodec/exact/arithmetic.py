@@ -36,7 +36,8 @@ class Float:
         return layer.convolve_float(x)
 
     def leaky(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, LEAKY_SLOPE)
+        """x must be a fresh tensor."""
+        return F.leaky_relu(x, LEAKY_SLOPE) if torch.is_grad_enabled() else F.leaky_relu_(x, LEAKY_SLOPE)
 
     def relu(self, x: Tensor) -> Tensor:
         return x.relu()

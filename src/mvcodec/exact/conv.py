@@ -31,6 +31,7 @@ from mvcodec.exact.proof import Backend, choose_backend, largest_sum
 WEIGHT_LIMIT = 32767  # integer weights are stored in 16 bits
 FRACTION_BITS = (1, 15)  # f: a sum of 2^24 or more then saturates, however its last bits were rounded
 INPUT_SHIFTS = (0, 15)  # r
+ONEDNN_PAYS = 1 << 12  # weights of a 1x1 layer
 FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # let oneDNN round float32 operands
 
 # NNPACK, which torch may take where oneDNN is off, transforms instead of adding. It is off for good: a switch that is
@@ -182,7 +183,14 @@ class ExactConvolution(Block):
     def _exact_sum(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """By kernels that only multiply and add. cuDNN may choose others: there, matrix products in float64."""
         x = x.to(weight.dtype)
-        return self.sum_by_taps(x, weight, bias) if x.is_cuda else self._sum(x, weight, bias)
+        if x.is_cuda:
+            return self.sum_by_taps(x, weight, bias)
+        pointwise = self.kernel_size == (1, 1) and weight.numel() > ONEDNN_PAYS and weight.dtype is torch.float32
+        if pointwise and torch.backends.mkldnn.enabled:
+            # With one thread torch would take MKL's matrix product, half as fast where the processor is not Intel's.
+            found: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
+            return found
+        return self._sum(x, weight, bias)
 
     def _learning_sum(self, x: Tensor) -> Tensor:
         """The sum with input, weight and bias rounded as for inference, differentiable; sums themselves may round."""

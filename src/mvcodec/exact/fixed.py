@@ -48,9 +48,9 @@ def exp_table() -> NDArray[np.int32]:
 def exp_below_maximum(scores: Tensor, table: Tensor, dim: int) -> Tensor:
     """exp(scores - max) as integers out of WEIGHT_ONE. scores: float64, real; table: [EXP_LENGTH] float64 integers."""
     below = (scores.amax(dim, keepdim=True) - scores) * EXP_STEPS
-    # Conversion to integers truncates, and below >= 0. By way of int32: the direct one is not vectorised.
-    index = below.detach().int().clamp_(max=EXP_LENGTH - 1).long()
-    values = table.gather(0, index.flatten()).view_as(index)
+    # Conversion to integers truncates, and below >= 0.
+    index = below.detach().int().clamp_(max=EXP_LENGTH - 1)
+    values = table.index_select(0, index.flatten()).view_as(index)
     if scores.requires_grad:
         smooth = WEIGHT_ONE * torch.exp(-below / EXP_STEPS)
         return smooth + (values - smooth.detach())

@@ -31,15 +31,37 @@ def attend_anchors(
     height, width = query.shape[2:]
     if tile and (height > tile or width > tile // 2):
         rows = []
-        for top in range(0, height, tile):
-            windows = [(..., slice(top, top + tile), slice(s, s + tile // 2)) for s in range(0, width, tile // 2)]
-            row = [attend_anchors(query[w], key[w], value[w], 0, chunk, arithmetic) for w in windows]
+        for down in _whole_and_rest(height, tile):
+            row = []
+            for across in _whole_and_rest(width, tile // 2):
+                grid = -(-(down.stop - down.start) // tile), -(-2 * (across.stop - across.start) // tile)
+                q, k, v = (_cut(x[..., down, across], grid) for x in (query, key, value))
+                most = max(1, chunk // (q.shape[2] * q.shape[3]) ** 2)  # tiles at once
+                groups = zip(q.split(most), k.split(most), v.split(most), strict=True)
+                parts = [attend_anchors(q, k, v, 0, chunk, arithmetic) for q, k, v in groups]
+                row.append(_joined(torch.cat(parts), grid))
             rows.append(torch.cat(row, dim=-1))
         return torch.cat(rows, dim=-2)
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))  # [B, P, C]
     step = max(1, chunk // (k.shape[0] * k.shape[1]))
     parts = [arithmetic.attend(q[:, s : s + step], k, v, q.shape[-1] ** -0.5) for s in range(0, q.shape[1], step)]
     return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+def _whole_and_rest(length: int, tile: int) -> list[slice]:
+    """The part that whole tiles fill, and what remains: tiles of one size are attended together."""
+    whole = length // tile * tile
+    return [part for part in (slice(0, whole), slice(whole, length)) if part.stop > part.start]
+
+
+def _cut(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, C, n h, m w] -> its tiles [B n m, C, h, w]."""
+    return x.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _joined(tiles: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Inverse of `_cut`."""
+    return tiles.unflatten(0, (-1, *grid)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class ParallaxGlobalContext(Block):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mvcodec.exact.arithmetic import LEAKY_SLOPE, Block
 from mvcodec.exact.conv import Conv
@@ -91,6 +92,10 @@ class QualityBranch(nn.Module):
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]."""
+        if len(quality) == 1 and not torch.is_grad_enabled():
+            enter, leave = _folded(self.enter, self.leave, self.film, self.scale, quality)
+            features = self.blocks(_leaky_(functional_call(self.enter, enter, x)))
+            return _add(functional_call(self.leave, leave, features), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         features = self.blocks(leaky(self.enter(x / self.scale) * (1 + gain) + shift))
         return x + self.leave(features) * (BRANCH_GAIN * self.scale)
@@ -118,6 +123,39 @@ class QualityBlock(nn.Module):
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]."""
+        if len(quality) == 1 and not torch.is_grad_enabled():
+            first, second = _folded(self.conv1, self.conv2, self.film, self.scale, quality)
+            return _add(functional_call(self.conv2, second, _leaky_(functional_call(self.conv1, first, x))), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         hidden = leaky(self.conv1(x / self.scale) * (1 + gain) + shift)
         return x + self.conv2(hidden) * (BRANCH_GAIN * self.scale)
+
+
+def _folded(
+    first: nn.Conv2d, last: nn.Conv2d, film: nn.Linear, scale: Tensor, quality: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of a branch's first and last convolution for one quality, with all that is linear around them.
+
+    What training writes as passes over whole maps (x / scale, FiLM, the way back) is nothing but other weights.
+    """
+    assert first.bias is not None
+    assert last.bias is not None
+    with torch.autocast(quality.device.type, enabled=False):
+        gain, shift = film(quality)[0, :, None, None, None].chunk(2)  # [width, 1, 1, 1] each
+        back = BRANCH_GAIN * scale[..., None]  # [C, 1, 1, 1]
+        return (
+            {
+                "weight": first.weight / scale * (1 + gain),
+                "bias": first.bias * (1 + gain).flatten() + shift.flatten(),
+            },
+            {"weight": last.weight * back, "bias": last.bias * back.flatten()},
+        )
+
+
+def _leaky_(x: Tensor) -> Tensor:
+    return F.leaky_relu_(x, LEAKY_SLOPE)
+
+
+def _add(branch: Tensor, x: Tensor) -> Tensor:
+    """x + branch in the precision of x. branch must be a fresh tensor."""
+    return branch.to(x.dtype).add_(x)

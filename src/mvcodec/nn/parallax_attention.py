@@ -55,10 +55,13 @@ def attend_rows(
     """
     n, _, height, width = query.shape
     if 0 < segment < width:
-        pieces = [
-            attend_rows(query[w], key[w], value[w], scale, 0, chunk, arithmetic)
-            for w in ((..., slice(s, s + segment)) for s in range(0, width, segment))
-        ]
+        whole = width // segment * segment
+        pieces = []
+        for part, count in ((slice(0, whole), whole // segment), (slice(whole, width), 1)):  # each piece as a row
+            if part.start < part.stop:
+                q, k, v = (x[..., part].unflatten(3, (count, -1)).flatten(2, 3) for x in (query, key, value))
+                found = attend_rows(q, k, v, scale, 0, chunk, arithmetic)
+                pieces.append([x.unflatten(2, (height, count)).flatten(3) for x in found])
         return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
     q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
     rows = max(1, chunk // (width * width))
