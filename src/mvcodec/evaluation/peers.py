@@ -99,14 +99,14 @@ PEERS = {
         Peer(
             "vvc",
             "VVenC intra, 4:2:0 10 bit, preset medium, no qpa",
-            (47, 42, 37, 32, 27, 22, 17),
+            (47, 42, 37, 32, 27),
             ffmpeg.code_vvenc,
             lambda: ffmpeg.missing("libvvenc"),
         ),
         Peer(
             "vvc-video",
             "VVenC, all views of a scene as one video, 4:2:0 10 bit, preset medium, no qpa",
-            (47, 42, 37, 32, 27, 22, 17),
+            (47, 42, 37, 32, 27),
             ffmpeg.code_vvenc,
             lambda: ffmpeg.missing("libvvenc"),
             together=True,
