@@ -1,132 +1,249 @@
-"""Everything there is to measure on a GPU, in one run: every stage, both profiles, sizes, numbers of views.
+"""Everything there is to measure on a GPU, in one run that nothing stops: a part that fails, hangs or finds no time
+left says so, and the others go on. Every result is written when it is there: one JSON object a line.
 
-    python benchmarks/gpu.py --out gpu.json            # a few minutes on one GPU
-    python benchmarks/gpu.py --device cpu --small      # the same program where there is none: seconds, tiny networks
+    python benchmarks/gpu.py --out gpu.jsonl                       # ten minutes on one GPU
+    python benchmarks/gpu.py --out gpu.jsonl --parts fast cpu      # some parts, each a process of its own
+    python benchmarks/gpu.py --device cpu --small --part fast      # without a GPU: seconds, tiny networks
 
-Prints one table and writes one JSON object a case. `paper` has random weights, `fast` those that are shipped: times
-depend little on them. Goals are those of an H200, two views of 1024x832. --compile lets torch.compile have the float
-stages, whose first call then takes minutes. The integers found on the device are compared with the CPU's.
+On a bare machine with torch, numpy, pillow, click, safetensors and tqdm, two wheels more are enough (construct,
+constriction); nothing need be installed:
+
+    python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl
+    PYTHONPATH=/tmp/site:src python3 benchmarks/gpu.py --seconds 540 --out gpu.jsonl
+
+`paper` has random weights, `fast` those that are shipped: times depend little on them. Goals are those of an H200, two
+views of 1024x832, and in the part `cpu` those of two processor cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvcodec import codec, images, weights
+from mvcodec import codec, images, selftest, weights
 from mvcodec.container import unpack
 from mvcodec.evaluation import speed
 from mvcodec.files import shipped
 from mvcodec.images import Image
 from mvcodec.latents import decode_latents
+from mvcodec.stages import Stopwatch
 from mvcodec.weights import Model
 
-CASES = [(1024, 832, 1), (1024, 832, 2), (1024, 832, 3), (1024, 832, 6), (1920, 1080, 2), (3840, 2160, 2)]
-SMALL = [(100, 70, 1), (100, 70, 2)]
-GOALS_MS = {("fast", "encode"): 15, ("fast", "decode"): 15, ("paper", "encode"): 40, ("paper", "decode"): 40}
+Record = dict[str, Any]
+Case = tuple[int, int, int]  # width, height, views
+
 GOAL_CASE = (1024, 832, 2)
+CASES: list[Case] = [GOAL_CASE, (1024, 832, 1), (1024, 832, 3), (1024, 832, 6), (1920, 1080, 2), (3840, 2160, 2)]
+LARGE: list[Case] = [(8192, 8192, 1), (1920, 1080, 16)]
+SMALL: list[Case] = [(100, 70, 2), (100, 70, 1)]
+GOALS_MS = {  # (part, task)
+    **{("fast", task): 15 for task in ("encode", "decode")},
+    **{("paper", task): 40 for task in ("encode", "decode")},
+    **{("cpu", task): ms for task, ms in (("encode", 500), ("decode unaligned", 1500), ("decode", 2500))},
+}
 WAYS = {"decode alone": (False, True), "decode unaligned": (True, False), "decode": (True, True)}  # joint, refine
 QUALITY = 50.0
 FILES = ("read", "write")  # stages that are not the codec's work
 NOTHING = {"median_ms": 0.0}
 
 
-def models(names: Sequence[str], device: torch.device, folder: Path) -> Iterator[Model]:
-    for name in names:
-        known = name in [path.stem for path in weights.available_models()]
-        yield weights.load_model(name, device) if known else speed.untrained(name, folder, device)
+def machine(options: argparse.Namespace) -> Iterator[Record]:
+    """What it is and what it reaches."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    amx = sorted({flag for flag in flags if flag.startswith("amx")})
+    yield {**speed.machine(options.device), "cores": os.cpu_count(), "amx": amx}
+    yield {"ceilings": speed.ceilings(options.device)}
 
 
-def compile_stages(model: Model) -> None:
-    """The float stages only: what an optimiser does to the entropy path's integers must not be found out here."""
-    stages = [model.net.g_a, model.net.para_jd.coarse, model.net.para_jd.fine, model.net.refinement]
-    for stage in stages:
-        if stage is not None:
-            stage.compile(dynamic=False)
-
-
-def integers_agree(model: Model, data: bytes) -> bool:
-    """Whether the device decodes the integers that the CPU does."""
-    if model.device.type == "cpu":
-        return True
-    alone = weights.load_model(str(weights.find_model(model.name)), "cpu")
+def exact(options: argparse.Namespace) -> Iterator[Record]:
+    """Whether it computes the integers that every other machine does."""
+    model = options.load("fast")
+    file = codec.encode_image(model, view(*options.cases[0][:2]), QUALITY)
+    other = weights.load_model(model.path, "cpu")
     with torch.inference_mode():
-        here, there = (decode_latents(m, unpack(data)).cpu() for m in (model, alone))
-    return torch.equal(here, there)
+        here, there = (decode_latents(m, unpack(file)).cpu() for m in (model, other))
+    yield {"integers_as_on_cpu": torch.equal(here, there)}
+    for name, sentence in selftest.run(model):
+        yield {"selftest": name, "about": sentence}
 
 
-def measure(model: Model, pictures: Sequence[Image], case: tuple[int, int, int], runs: int) -> Iterator[dict[str, Any]]:
+def fast(options: argparse.Namespace) -> Iterator[Record]:
+    yield from times(options, "fast", options.cases)
+    yield from profiles(options, "fast")
+
+
+def paper(options: argparse.Namespace) -> Iterator[Record]:
+    yield from times(options, "paper", options.cases)
+    yield from profiles(options, "paper")
+
+
+def compiled(options: argparse.Namespace) -> Iterator[Record]:
+    """The float stages by torch.compile. Not the entropy path: what an optimiser does to it is not for finding out."""
+    model = options.load("fast")
+    for stage in (model.net.g_a, model.net.para_jd.coarse, model.net.para_jd.fine):
+        stage.compile(dynamic=False)
+    began = time.perf_counter()
+    yield from measured(options, model, options.cases[0])
+    yield {"first_call_included_s": round(time.perf_counter() - began, 1)}
+
+
+def large(options: argparse.Namespace) -> Iterator[Record]:
+    """8K x 8K is to fit in 24 GiB, 16 views of 1080p in 12 GiB."""
+    options.runs = 1
+    yield from times(options, "fast", SMALL if options.small else LARGE)
+
+
+def cpu(options: argparse.Namespace) -> Iterator[Record]:
+    """The goals of two cores, on this machine's processor."""
+    options.device = torch.device("cpu")
+    torch.set_num_threads(2)
+    options.runs = min(options.runs, 5)
+    yield from times(options, "fast", options.cases[:2])
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
+    part.__name__: part for part in (machine, fast, paper, exact, cpu, large, compiled)
+}
+
+
+def view(width: int, height: int, k: int = 0) -> Image:
+    paths = sorted(shipped("examples/nineveh").glob("*.webp"))
+    return speed.of_size(images.read(paths[k % len(paths)]), width, height)
+
+
+def times(options: argparse.Namespace, name: str, cases: Sequence[Case]) -> Iterator[Record]:
+    model = options.load(name)
+    width, height, _ = cases[0]
+    file = codec.encode_image(model, view(width, height), QUALITY)
+    work = speed.count_work(model, speed.decoding(model, [file, file], suffix=".ppm"))
+    reached = speed.ceilings(model.device)
+    yield {"floor_ms_of_decoding_two_views": speed.floors_ms(work, model, reached), "ceilings": reached}
+    for case in cases:
+        yield from measured(options, model, case)
+
+
+def tasks(model: Model, case: Case) -> dict[str, speed.Task]:
     width, height, views = case
-    given = [speed.of_size(pictures[k % len(pictures)], width, height) for k in range(views)]
-    files = [codec.encode_image(model, view, QUALITY, camera_id=str(k)) for k, view in enumerate(given)]
-    tasks = {"encode": speed.encoding(model, images.to_bytes(given[0], ".ppm"), QUALITY)} if views <= 2 else {}
+    given = [view(width, height, k) for k in range(views)]
+    files = [codec.encode_image(model, picture, QUALITY, camera_id=str(k)) for k, picture in enumerate(given)]
+    found = {"encode": speed.encoding(model, images.to_bytes(given[0], ".ppm"), QUALITY)} if views <= 2 else {}
     for name, (joint, refine) in WAYS.items():
         if views > 1 or name == "decode":
-            tasks[name] = speed.decoding(model, files, joint, refine, suffix=".ppm")
-    for name, task in tasks.items():
+            found[name] = speed.decoding(model, files, joint, refine, suffix=".ppm")
+    return found
+
+
+def measured(options: argparse.Namespace, model: Model, case: Case) -> Iterator[Record]:
+    width, height, views = case
+    for name, task in tasks(model, case).items():
         record = {"model": model.name, "task": name, "width": width, "height": height, "views": views}
-        record |= speed.measure(task, model, runs, warmup=2)
-        record["codec_ms"] = round(
-            record["total_ms"] - sum(record["stages"].get(s, NOTHING)["median_ms"] for s in FILES), 3
-        )
+        record |= {"device": str(model.device), "threads": torch.get_num_threads()}
+        record |= speed.measure(task, model, options.runs, warmup=1 if options.runs == 1 else 2)
+        files = sum(record["stages"].get(s, NOTHING)["median_ms"] for s in FILES)
+        record["codec_ms"] = round(record["total_ms"] - files, 3)
         if case == GOAL_CASE:
-            record["goal_ms"] = GOALS_MS.get((model.name, name))
+            record["goal_ms"] = GOALS_MS.get((options.part, name))
         yield record
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    stages = list(dict.fromkeys(stage for record in records for stage in record["stages"]))
-    lines = [f"{'model':<7}{'task':<17}{'size':<11}{'K':>2}{'codec ms':>10}{'goal':>6}{'MB':>7}"]
-    lines[0] += "".join(f"{stage:>11}" for stage in stages)
-    for r in records:
-        size, goal = f"{r['width']}x{r['height']}", r.get("goal_ms") or ""
-        line = f"{r['model']:<7}{r['task']:<17}{size:<11}{r['views']:>2}{r['codec_ms']:>10.1f}"
-        line += f"{goal:>6}{r['peak_memory_mb']:>7}"
-        lines.append(line + "".join(f"{r['stages'].get(s, NOTHING)['median_ms']:>11.2f}" for s in stages))
-    return "\n".join(lines)
+def profiles(options: argparse.Namespace, name: str) -> Iterator[Record]:
+    """Where the time of a GPU goes: its kernels, how many, and how long it is at work at all."""
+    if options.device.type != "cuda":
+        return
+    model = options.load(name)
+    for task_name, task in tasks(model, options.cases[0]).items():
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        task(Stopwatch(model.device))
+        with torch.profiler.profile(activities=activities) as profile:
+            task(Stopwatch(model.device))
+        kernels = [e for e in profile.key_averages() if str(e.device_type).endswith("CUDA")]
+        kernels.sort(key=lambda e: -e.self_device_time_total)
+        yield {
+            "profile": f"{name} {task_name}",
+            "kernels": sum(e.count for e in kernels),
+            "busy_ms": round(sum(e.self_device_time_total for e in kernels) / 1000, 2),
+            "most": [[e.key[:90], e.count, round(e.self_device_time_total / 1000, 3)] for e in kernels[:20]],
+        }
+
+
+def line(r: Record) -> str:
+    """A record for people."""
+    if "codec_ms" not in r:
+        return json.dumps(r)
+    stages = "  ".join(f"{name} {spread['median_ms']:.1f}" for name, spread in r["stages"].items())
+    goal = f" (goal {r['goal_ms']})" if r.get("goal_ms") else ""
+    size = f"{r['width']}x{r['height']} K={r['views']}"
+    return f"{r['part']:<9}{r['task']:<17}{size:<15}{r['codec_ms']:>9.1f} ms{goal}, {r['peak_memory_mb']} MB: {stages}"
+
+
+def run_here(options: argparse.Namespace) -> None:
+    """One part in this process."""
+    options.device = torch.device(options.device)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("no GPU here; say --device cpu --small to try the program")
+    options.cases = SMALL if options.small else CASES
+    with tempfile.TemporaryDirectory() as folder:
+
+        def load(name: str) -> Model:
+            name = "tiny" if options.small else name
+            known = name in [path.stem for path in weights.available_models()]
+            shelf = Path(folder)
+            return weights.load_model(name, options.device) if known else speed.untrained(name, shelf, options.device)
+
+        options.load = load
+        for record in PARTS[options.part](options):
+            write(options.out, {"part": options.part, **record})
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Each part in a process of its own: what breaks a GPU's context, or hangs, takes no other with it."""
+    ends = time.monotonic() + options.seconds
+    for part in options.parts:
+        left = ends - time.monotonic()
+        if left < 5:
+            write(options.out, {"part": part, "error": "no time was left"})
+            continue
+        given = ["--device", options.device, "--runs", str(options.runs), *(["--small"] if options.small else [])]
+        given += ["--out", str(options.out)] if options.out else []
+        command = [sys.executable, str(Path(__file__).resolve()), "--part", part, *given]
+        try:
+            done = subprocess.run(command, timeout=left, stderr=subprocess.PIPE, text=True, check=False)
+            error = None if done.returncode == 0 else done.stderr[-2000:]
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {left:.0f} s"
+        if error is not None:
+            write(options.out, {"part": part, "error": error})
+
+
+def write(path: Path | None, record: Record) -> None:
+    print(line(record), flush=True)
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny networks and pictures: is the program sound?")
-    parser.add_argument("--models", nargs="+", default=["fast", "paper"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="in this order")
+    parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--compile", action="store_true", help="torch.compile for the float stages")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--seconds", type=float, default=600, help="for all parts together")
+    parser.add_argument("--out", type=Path, help="file of JSON lines; appended to")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU here; say --device cpu --small to try the program")
-    names, cases = (["tiny"], SMALL) if options.small else (options.models, CASES)
-    pictures = [images.read(path) for path in sorted(shipped("examples/nineveh").glob("*.webp"))]
-
-    about = {**speed.machine(device), "ceilings": speed.ceilings(device), "compiled": options.compile}
-    records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for model in models(names, device, Path(folder)):
-            if options.compile:
-                compile_stages(model)
-            small = speed.of_size(pictures[0], *cases[0][:2])
-            file = codec.encode_image(model, small, QUALITY)
-            work = speed.count_work(model, speed.decoding(model, [file, file], suffix=".ppm"))
-            about[f"{model.name}_floor_ms_of_two_views"] = speed.floors_ms(work, model, about["ceilings"])
-            about[f"{model.name}_integers_as_on_cpu"] = integers_agree(model, file)
-            for case in cases:
-                for record in measure(model, pictures, case, 1 if options.small else options.runs):
-                    records.append(record)
-                    print(table([record]).splitlines()[1], file=sys.stderr)
-    print(json.dumps(about, indent=2))
-    print(table(records))
-    if options.out:
-        options.out.write_text("\n".join(json.dumps(r) for r in [about, *records]) + "\n")
+    run_here(options) if options.part else run_all(options)
 
 
 if __name__ == "__main__":

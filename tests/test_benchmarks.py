@@ -22,15 +22,23 @@ def program(name: str) -> ModuleType:
 
 
 def test_gpu_measures_every_stage_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program("gpu").main(["--device", "cpu", "--small", "--out", str(tmp_path / "gpu.json")])
-    about, *records = [json.loads(line) for line in (tmp_path / "gpu.json").read_text().splitlines()]
-    assert about["tiny_integers_as_on_cpu"]
+    out = tmp_path / "gpu.jsonl"
+    program("gpu").main(["--device", "cpu", "--small", "--part", "fast", "--runs", "1", "--out", str(out)])
+    floors, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert floors["floor_ms_of_decoding_two_views"]["Para-EM"] > 0
     assert [(r["task"], r["views"]) for r in records] == [
-        *((task, 1) for task in ("encode", "decode")),
         *((task, 2) for task in ("encode", "decode alone", "decode unaligned", "decode")),
+        *((task, 1) for task in ("encode", "decode")),
     ]
     assert all(0 < r["codec_ms"] <= r["total_ms"] for r in records)
     assert "Para-EM" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_on_the_gpu_is_told_and_the_next_begins(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    program("gpu").main(["--device", "cuda:99", "--small", "--parts", "machine", "fast", "--out", str(out)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["part"] for r in records if "error" in r] == ["machine", "fast"]
 
 
 def test_growth_fits_exponents_and_plots(tiny_model_file: Path, tmp_path: Path) -> None:
