@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -35,6 +37,15 @@ class Received:
     @property
     def instant(self) -> Instant:
         return Instant(self.header.frame, self.header.timestamp_us, self.source.place)
+
+
+class Finishing(NamedTuple):
+    """A decoded view whose file is being made in a thread: compressing a PNG takes no interpreter."""
+
+    view: Received
+    picture: DecodedView
+    file: Future[bytes]
+    seconds: float  # its instant took to decode
 
 
 @click.command(short_help="Reconstruct pictures from any number of .phv files.")
@@ -145,28 +156,40 @@ def decode(
 
     groups = instants(views, lambda view: view.instant, window_us)
     everyone = {view.header.camera_id for view in views}
-    for instant, members in report.progress(groups, "decode"):
-        todo = []
-        for view in members:
-            if id(view) in places and targets.skips(places[id(view)]):
-                report.skipped(view.name, places[id(view)])
-            elif id(view) in places:
-                todo.append(view)
-        if not todo:
-            continue
-        name = todo[0].name if len(members) == 1 else str(instant)
-        absent = everyone - {view.header.camera_id for view in members}
-        if absent and instant != Instant(place=instant.place):
-            report.note(f"{instant}: without {', '.join(sorted(absent))}")
-        with report.file(name):
-            started = time.perf_counter()
-            decoded = _decode(report, members, require, partial, model, device, {**how, "max_memory": max_memory})
-            seconds = time.perf_counter() - started
-            report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
+    finishing: list[Finishing] = []  # of the instant before, while the next one is decoded
+
+    def deliver() -> None:
+        for done in finishing:
+            with report.file(done.view.name):
+                _deliver(report, targets, done, places[id(done.view)], drawn)
+        finishing.clear()
+
+    with ThreadPoolExecutor(max_workers=2) as threads, ExitStack() as at_the_end:
+        at_the_end.callback(deliver)
+        for instant, members in report.progress(groups, "decode"):
+            todo = []
+            for view in members:
+                if id(view) in places and targets.skips(places[id(view)]):
+                    report.skipped(view.name, places[id(view)])
+                elif id(view) in places:
+                    todo.append(view)
+            if not todo:
+                continue
+            name = todo[0].name if len(members) == 1 else str(instant)
+            absent = everyone - {view.header.camera_id for view in members}
+            if absent and instant != Instant(place=instant.place):
+                report.note(f"{instant}: without {', '.join(sorted(absent))}")
+            decoded: dict[int, DecodedView] = {}
+            with report.file(name):
+                started = time.perf_counter()
+                decoded = _decode(report, members, require, partial, model, device, {**how, "max_memory": max_memory})
+                seconds = time.perf_counter() - started
+                report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
+            deliver()
             for view in todo:
-                if id(view) in decoded:
-                    with report.file(view.name):
-                        _deliver(report, targets, view, decoded[id(view)], places[id(view)], suffix, seconds, drawn)
+                if (picture := decoded.get(id(view))) is not None:
+                    file = threads.submit(images.to_bytes, picture.image, suffix)
+                    finishing.append(Finishing(view, picture, file, seconds))
     report.finish()
 
 
@@ -241,19 +264,9 @@ def _refuse_twins(members: Sequence[Received]) -> None:
         names[camera] = view.name
 
 
-def _deliver(
-    report: Report,
-    targets: Targets,
-    view: Received,
-    decoded: DecodedView,
-    path: Path,
-    suffix: str,
-    seconds: float,
-    drawn: Maps | None,
-) -> None:
-    from mvcodec import images
-
-    targets.write(path, images.to_bytes(decoded.image, suffix))
+def _deliver(report: Report, targets: Targets, done: Finishing, path: Path, drawn: Maps | None) -> None:
+    view, decoded = done.view, done.picture
+    targets.write(path, done.file.result())
     header = decoded.header
     maps = []
     if drawn is not None and decoded.maps is not None:
@@ -271,7 +284,7 @@ def _deliver(
         "weights": None if decoded.weights is None else [round(weight, 4) for weight in decoded.weights],
         "maps": [label(path) for path in maps],
         "damage": damage,
-        "seconds": round(seconds, 3),
+        "seconds": round(done.seconds, 3),
     }
     helped = f", with {_helpers(decoded)}" if decoded.peers else ", alone"
     if damage:
