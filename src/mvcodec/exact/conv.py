@@ -186,7 +186,7 @@ class ExactConvolution(Block):
         if x.is_cuda:
             return self.sum_by_taps(x, weight, bias)
         pointwise = self.kernel_size == (1, 1) and weight.numel() > ONEDNN_PAYS and weight.dtype is torch.float32
-        if pointwise and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():
+        if pointwise and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             # With one thread torch would take MKL's matrix product, half as fast where the processor is not Intel's.
             found: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
             return found
