@@ -78,14 +78,6 @@ def compressai(name: str, views: Sequence[Image], how: Timing, small: bool) -> d
         return timed(encode, decode, how)
 
 
-def ablation(mode: str, folder: Path, device: torch.device, small: bool) -> Model:
-    """An untrained model whose joint decoder does run its fusions."""
-    model = speed.untrained("tiny" if small else "fast", folder, device, joint=mode)
-    for fusion in model.net.para_jd.fusions:
-        fusion.fusion.gain.fill_(1.0)
-    return model
-
-
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(options.device)
     width, height = map(int, options.size.split("x"))
@@ -105,7 +97,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 **compressai(peer, views, how, options.small),
             }
         for mode in ABLATIONS:
-            model = ablation(mode, folder, device, options.small)
+            model = speed.untrained("tiny" if options.small else "fast", folder, device, joint=mode)
             found = ours(model, views, how, joint=True, refine=False)
             base = found if mode == ABLATIONS[0] else base
             yield {"codec": f"joint decoder: {mode}", "against": base, **found}

@@ -85,6 +85,7 @@ def test_bench_accounts_for_every_stage(cli: Cli, scene: Path) -> None:
         assert record["floor_ms"].keys() <= record["stages"].keys()
         assert all(floor > 0 for floor in record["floor_ms"].values())
     assert cli("bench", "--size", "100").code == 2
+    assert cli("bench", "--untrained", "paper", "--model", "fast").code == 2
 
 
 def test_demo_tells_each_view_and_leaves_its_files(cli: Cli, scene: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -35,6 +37,11 @@ def _size(ctx: click.Context, option: click.Parameter, value: str | None) -> tup
 @click.option("--views", type=click.IntRange(min=1), metavar="K", help="Decode so many views. Default: all pictures.")
 @click.option("--size", metavar="WxH", callback=_size, help="Repeat and cut the pictures to this size.")
 @click.option("--preview", is_flag=True, help="Decode each view alone.")
+@click.option(
+    "--untrained",
+    type=click.Choice(["fast", "paper"]),
+    help="Random weights of this profile: times hardly depend on them.",
+)
 @click.option("--cpu-time", is_flag=True, help="Seconds of the processor: the machine is busy with other things.")
 @within_memory
 @running
@@ -48,6 +55,7 @@ def bench(
     views: int | None,
     size: tuple[int, int] | None,
     preview: bool,
+    untrained: str | None,
     cpu_time: bool,
     max_memory: int | None,
     model: str | None,
@@ -59,11 +67,17 @@ def bench(
     views together. Median and interquartile range over the runs, after a warm-up, the device synchronised around
     every stage. The floor is what the convolutions would take at the machine's measured best.
     """
-    from mvcodec import api, codec, images, weights
+    from mvcodec import api, codec, images
     from mvcodec.evaluation import speed
 
     paths = [s.path for s in sources(inputs or [str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
-    loaded = api.load_model(model, device)
+    if untrained is not None and model is not None:
+        raise UsageError("--untrained and --model exclude each other")
+    if untrained is None:
+        loaded = api.load_model(model, device)
+    else:
+        folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
+        loaded = speed.untrained(untrained, Path(folder), api.resolve_device(device))
     given = [images.read(path) for path in paths]
     if size is not None:
         given = [speed.of_size(view, *size) for view in given]
@@ -78,7 +92,7 @@ def bench(
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     program = _IMPORT.format(clock.__name__)
     imported = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True, env=path)
-    start = speed.measure(speed.loading(model or weights.DEFAULT_MODEL, loaded.device), loaded, runs, warmup, clock)
+    start = speed.measure(speed.loading(str(loaded.path), loaded.device), loaded, runs, warmup, clock)
     start["stages"] = {"import": speed.spread([float(imported.stdout)]), "load": start["stages"]["load"]}
     start["total_ms"] = round(sum(stage["median_ms"] for stage in start["stages"].values()), 3)
     start |= {"task": "start", "ceilings": reached, **common}
