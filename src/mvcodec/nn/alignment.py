@@ -4,6 +4,7 @@
     histograms, all cells against all -> mutual matches -> filled flow    1/16: any shift, some rotation
     propagation and one-cell search on histograms                         1/8: PatchMatch (Barnes 2009)
     combined local-global flow, coarse to fine                            1/8 .. 1: Bruhn, Weickert (2005)
+    epipolar lines of that flow draw its last steps                       1/2, 1: epipolar.py
     both directions -> round-trip error -> consistency in [0, 1]
 
 Measured on WebP-decoded real pairs: warps better than OpenCV's DIS (medium) and reaches where that finds
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.nn.epipolar import Lines, epipolar_lines
 from mvcodec.nn.warping import pixel_grid, round_trip_error, sample
 
 FINE = 3  # level (1 / 2^level of the size) where histograms hand over to grey values
@@ -28,8 +30,10 @@ WARPS = {
     0: 1,
 }  # linearisations per level; the single one at full size is worth 15 % of the gain
 RELAXATIONS = 12
-BAND, HALO = 128, 18  # rows; the halo is what one linearisation reaches: 12 relaxations, filters, median
+BAND, HALO = 128, 20  # rows; the halo is what one linearisation reaches: 12 relaxations, filters, median
 SMOOTHNESS = 4.0
+SHARP = 1  # level whose last linearisation, and those of finer levels, are drawn to the epipolar lines
+EPIPOLAR = 8.0  # how strongly, in the units of the products of gradients
 ROBUST = 14.0  # differences of local-contrast units (20 = one deviation) beyond which a pixel loses its say
 CONTRAST_FLOOR = 5.0  # of 255; keeps coding noise on walls and sky from being taken for texture
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
@@ -156,8 +160,9 @@ def _align_pair(a: _View, b: _View, start: Tensor) -> Tensor:
         if level < FINE:
             flow = _double(flow)
         grey = torch.cat((a.grey[level], b.grey[level]))
-        for _ in range(warps):
-            flow = _improve(grey, grey.flip(0), flow)
+        for n in range(warps):
+            lines = epipolar_lines(flow) if level <= SHARP and n == warps - 1 else None
+            flow = _improve(grey, grey.flip(0), flow, lines)
     return flow
 
 
@@ -241,7 +246,7 @@ def _better(flow, best, candidate, score):  # type: ignore[no-untyped-def]
     return torch.where(new > best, candidate, flow), torch.maximum(new, best)
 
 
-def _improve(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
+def _improve(main: Tensor, side: Tensor, flow: Tensor, lines: Lines | None) -> Tensor:
     """One linearisation, in bands of rows: they stay in the cache, and memory stays bounded."""
     height = flow.shape[-2]
     position = pixel_grid(flow.shape[-2], flow.shape[-1], flow) + flow
@@ -250,11 +255,12 @@ def _improve(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
         first, last = max(top - HALO, 0), min(top + BAND + HALO, height)
         rows = (..., slice(first, last), slice(None))
         warped = sample(side, position[rows])
-        bands.append(_solve(main[rows], warped, flow[rows])[..., top - first : top - first + BAND, :])
+        part = None if lines is None else Lines(*(x[rows] for x in lines))
+        bands.append(_solve(main[rows], warped, flow[rows], part)[..., top - first : top - first + BAND, :])
     return torch.cat(bands, dim=-2)
 
 
-def _solve(main: Tensor, warped: Tensor, flow: Tensor) -> Tensor:
+def _solve(main: Tensor, warped: Tensor, flow: Tensor, lines: Lines | None = None) -> Tensor:
     """One linearisation: min over d of d'S d + 2 b'd + smoothness |grad (flow + d)|, by Jacobi steps.
 
     S and b sum robust-weighted products of gradients over a window; the smoothness resembles total variation.
@@ -263,7 +269,12 @@ def _solve(main: Tensor, warped: Tensor, flow: Tensor) -> Tensor:
     dt = warped - main
     trust = 1 / (dt * dt + ROBUST**2).sqrt()
     products = torch.cat((dx * dx, dx * dy, dy * dy, dx * dt, dy * dt), 1) * trust
-    xx, xy, yy, xt, yt = blur(blur(blur(products))).chunk(5, 1)
+    products = blur(blur(blur(products)), reach=2)
+    if lines is not None:  # one more equation per pixel: normal . d + distance = 0
+        nx, ny = lines.normal.chunk(2, 1)
+        pull = torch.cat((nx * nx, nx * ny, ny * ny, nx * lines.distance, ny * lines.distance), 1)
+        products = products + EPIPOLAR * lines.trust * pull
+    xx, xy, yy, xt, yt = products.chunk(5, 1)
 
     fx, fy = gradient(flow)
     smooth = 1 / ((fx * fx + fy * fy).sum(1, keepdim=True) + 0.01).sqrt()  # low across motion edges
@@ -283,10 +294,10 @@ def _solve(main: Tensor, warped: Tensor, flow: Tensor) -> Tensor:
 # --- small filters: slices, many times faster than pooling or depthwise convolution on CPU ---
 
 
-def _shifts(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x[i - 1], x[i], x[i + 1] along the last (-1) or last but one (-2) dimension, border repeated."""
-    padded = F.pad(x, (1, 1, 0, 0) if dim == -1 else (0, 0, 1, 1), mode="replicate")
-    return padded.narrow(dim, 0, x.shape[dim]), x, padded.narrow(dim, 2, x.shape[dim])
+def _shifts(x: Tensor, dim: int, reach: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x[i - reach], x[i], x[i + reach] along the last (-1) or last but one (-2) dimension, border repeated."""
+    padded = F.pad(x, (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach), mode="replicate")
+    return padded.narrow(dim, 0, x.shape[dim]), x, padded.narrow(dim, 2 * reach, x.shape[dim])
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -297,10 +308,10 @@ def _mean(x: Tensor) -> Tensor:
     return x
 
 
-def blur(x: Tensor) -> Tensor:
-    """[1 2 1] / 4 both ways."""
+def blur(x: Tensor, reach: int = 1) -> Tensor:
+    """[1 2 1] / 4 both ways, `reach` pixels apart."""
     for dim in (-1, -2):
-        before, here, after = _shifts(x, dim)
+        before, here, after = _shifts(x, dim, reach)
         x = (before + after) / 4 + here / 2
     return x
 

@@ -1,0 +1,92 @@
+"""What two cameras may see of a still scene at all: along a line. Flow across it is coding noise.
+
+    flow both ways, where it returns home --reweighted eight-point algorithm (Hartley 1997)--> b' F a = 0
+    flow, F --> distance from each pixel's epipolar line, less what of it is smooth --> a pull for the flow's solver
+
+Smooth is what lenses and rolling shutters bend. Far from the line is what moves: it is left alone. A camera that only
+turns leaves F undetermined, and any F that its flow obeys is as good.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvcodec.nn.warping import pixel_grid, sample
+
+SPACING = 8  # of the points that F is found from, in pixels
+ROUNDS = 10
+WIDE, NARROW = 4.0, 0.3  # pixels: an outlier's distance from its line in the first round and in the last
+MOVING = 2.0  # pixels from the line beyond which a pixel is left alone
+BEND = 2  # points: what bends lines is smooth over about so many either way, and twice that
+FEWEST = 50  # points, for nine numbers
+
+
+class Lines(NamedTuple):
+    """Where the targets of a flow [2, 2, H, W] (a -> b, b -> a) lie from their epipolar lines."""
+
+    normal: Tensor  # [2, 2, H, W], unit length
+    distance: Tensor  # [2, 1, H, W] pixels along the normal
+    trust: Tensor  # [2, 1, H, W] in [0, 1]
+
+
+def epipolar_lines(flow: Tensor) -> Lines | None:
+    """Lines of a pair of views from its flow both ways; None if there is too little to find them by."""
+    height, width = flow.shape[-2:]
+    first = SPACING // 2 - 1  # points stand in the middle of cells, between pixels, as `interpolate` has it
+    thin = F.avg_pool2d(flow[..., first:, first:], 2, SPACING)
+    here = SPACING * pixel_grid(*thin.shape[-2:], like=flow) + first + 0.5
+    there = here + thin
+    home = sample(flow.flip(0), there) + thin
+    limit = there.new_tensor([width - 1, height - 1]).view(1, 2, 1, 1)
+    inside = ((there >= 0) & (there <= limit)).all(1, keepdim=True)
+    weight = torch.exp(-home.norm(dim=1, keepdim=True)) * inside
+    if int((weight > 0.3).sum()) < FEWEST:
+        return None
+
+    scale = max(height, width) / 2
+    start, end = (_homogeneous((points.expand_as(there) - limit / 2) / scale) for points in (here, there))
+    a, b = torch.cat((start[0], end[1])), torch.cat((end[0], start[1]))
+    matrix = _fundamental(a, b, weight.flatten().double(), scale)
+    # the lines of b's pixels in a are those of the transposed matrix
+    line = torch.stack((start[0] @ matrix.T, start[1] @ matrix)).mT.unflatten(-1, thin.shape[-2:]).to(flow)
+    length = line[:, :2].norm(dim=1, keepdim=True).clamp_min(1e-6)
+    normal = line[:, :2] / length
+    # distance = normal . flow + offset; both are smooth, so few points are enough
+    offset = (normal * (here - limit / 2)).sum(1, keepdim=True) + scale * line[:, 2:] / length
+    distance = (normal * thin).sum(1, keepdim=True) + offset
+    still = weight * torch.exp(-((distance / (MOVING / 2)) ** 2))
+    bent = _wide(torch.cat((still * distance, still), 1))
+    offset = offset - bent[:, :1] / (bent[:, 1:] + 0.02)
+    smooth = F.interpolate(torch.cat((normal, offset), 1), size=(height, width), mode="bilinear", align_corners=False)
+    normal = smooth[:, :2]
+    distance = (normal * flow).sum(1, keepdim=True) + smooth[:, 2:]
+    return Lines(normal, distance, torch.exp(-((distance / MOVING) ** 2)))
+
+
+def _homogeneous(points: Tensor) -> Tensor:
+    """[2, 2, h, w] -> [2, h w, 3]"""
+    flat = points.flatten(2).mT.double()
+    return torch.cat((flat, torch.ones_like(flat[..., :1])), -1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = F.avg_pool2d(x, 2 * BEND + 1, stride=1, padding=BEND, count_include_pad=False)
+    return x
+
+
+def _fundamental(a: Tensor, b: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """3x3 with b' F a = 0 for most of the points [n, 3], weights [n]; least Sampson distance, outliers fade out."""
+    equations = (b[:, :, None] * a[:, None, :]).flatten(1)
+    current = weight
+    for n in range(ROUNDS):
+        _, vectors = torch.linalg.eigh((equations * current[:, None]).T @ equations)
+        matrix = vectors[:, 0].view(3, 3)
+        to_b, to_a = a @ matrix.T, b @ matrix
+        slope = (to_b[:, :2].square().sum(1) + to_a[:, :2].square().sum(1)).clamp_min(1e-12)
+        distance = scale * (b * to_b).sum(1) / slope.sqrt()
+        limit = WIDE * (NARROW / WIDE) ** (n / (ROUNDS - 1))
+        current = weight / (1 + (distance / limit) ** 2) / slope * slope.mean()
+    return matrix

@@ -1,0 +1,71 @@
+"""Epipolar lines are found from noisy flow, leave alone what moves, and steady the alignment of noisy views."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvcodec.nn import alignment
+from mvcodec.nn.alignment import sights
+from mvcodec.nn.epipolar import epipolar_lines
+from tests.test_alignment import grid, texture
+
+SIZE = (160, 224)
+
+
+def stereo() -> Tensor:
+    """Flow both ways of a slanted, wavy surface before two cameras side by side, [2, 2, H, W]."""
+    x, y = grid(SIZE)[0]
+    there = 10 + 0.02 * y + 8 * torch.sin(x / 40)
+    back = -there
+    for _ in range(20):  # back(x + there(x)) = -there(x)
+        back = -(10 + 0.02 * y + 8 * torch.sin((x + back) / 40))
+    return torch.stack([torch.stack((d, torch.zeros_like(d))) for d in (there, back)])
+
+
+def test_noise_across_the_lines_is_told_from_noise_along_them() -> None:
+    torch.manual_seed(0)
+    noise = 0.3 * torch.randn(2, 2, *SIZE)
+    lines = epipolar_lines(stereo() + noise)
+    assert lines is not None
+    upright = lines.normal[:, 1].abs()
+    assert upright.min() > 0.98
+    assert (lines.normal[:, 1] * lines.distance[:, 0] - noise[:, 1]).abs().mean() < 0.08
+    assert lines.trust.mean() > 0.9
+
+
+def test_any_direction_of_the_baseline() -> None:
+    flow = stereo().transpose(-1, -2).flip(1)  # one camera above the other
+    lines = epipolar_lines(flow)
+    assert lines is not None
+    assert lines.normal[:, 0].abs().min() > 0.98
+    assert lines.distance.abs().mean() < 0.05
+
+
+def test_what_moves_is_left_alone() -> None:
+    flow = stereo()
+    flow[:, 1, 40:80, 60:120] += torch.tensor([6.0, -6.0]).view(2, 1, 1)
+    lines = epipolar_lines(flow)
+    assert lines is not None
+    assert lines.trust[0, 0, 44:76, 64:116].max() < 0.01
+    assert lines.trust[0, 0, 100:].min() > 0.9
+
+
+def test_flow_that_leads_nowhere_has_no_lines() -> None:
+    torch.manual_seed(0)
+    assert epipolar_lines(50 * torch.randn(2, 2, *SIZE)) is None
+    assert epipolar_lines(torch.zeros(2, 2, 16, 16)) is None  # too few points
+
+
+def test_lines_steady_the_alignment_of_noisy_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    flow = stereo()
+    views = torch.cat((texture(grid(SIZE)), texture(grid(SIZE) + flow[1:])))
+    noisy = (views + 0.08 * torch.randn_like(views[:, :1])).clamp(0, 1)
+
+    def error() -> float:
+        found = next(sights(noisy)).flow[0, :, 16:-16, 16:-32]
+        return float((found - flow[0, :, 16:-16, 16:-32]).norm(dim=0).mean())
+
+    with_lines = error()
+    monkeypatch.setattr(alignment, "SHARP", -1)
+    assert with_lines < 0.85 * error()
