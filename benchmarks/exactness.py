@@ -26,8 +26,7 @@ from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import exact_log_gain, hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.checkpoint import starting_weights
-from mvcodec.training.data import find_scenes, read_rgb
-from mvcodec.training.export import calibration_pictures
+from mvcodec.training.data import calibration_pictures, find_scenes, read_rgb
 from mvcodec.weights import CALIBRATION_QUALITIES, exact_parts
 
 QUALITIES = (0, 25, 50, 75, 100)

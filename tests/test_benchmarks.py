@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+
+from tests.conftest import smooth_picture
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -49,6 +52,21 @@ def test_growth_fits_exponents_and_plots(tiny_model_file: Path, tmp_path: Path) 
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     assert [len(r["points"]) for r in results] == [2, 2, 2, 2]
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_fusion_precision_tells_every_way_to_fetch(
+    tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for scene in range(5):
+        (tmp_path / str(scene)).mkdir()
+        picture = smooth_picture(96, 144, seed=scene)
+        for view in range(2):
+            Image.fromarray(picture[:, 16 * view : 16 * view + 128]).save(tmp_path / str(scene) / f"{view}.png")
+    arguments = ["--sets", "5", "--crop", "64", "64"]
+    program("fusion_precision").main([str(tiny_model_file), str(tmp_path), *arguments])
+    head, *table = capsys.readouterr().out.splitlines()
+    assert head == "4 views held back of 10"
+    assert [row.split(" |")[0] for row in table[3:7]] == ["| blocks", "| mixed", "| quarters", "| pixels"]
 
 
 @pytest.mark.slow  # CompressAI takes seconds to import

@@ -6,12 +6,14 @@ x --g_a--> y --gain--> y q --h_a--> z --round--> z_hat --h_s--> Phi_h --Para-EM-
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mvcodec.exact.arithmetic import Float
 from mvcodec.nn import hyperprior as hp
 from mvcodec.nn import transforms as tf
 from mvcodec.nn.aligned_refinement import AlignedRefinement
@@ -221,20 +223,26 @@ class ParaHydra(nn.Module):
         fuse: bool = True,
         rate: bool = True,
         clean: bool = True,
+        decode: bool = True,
     ) -> TrainingOutput:
         """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1].
 
         clean: with the refinement's peerless part; its peers are not included, they have a stage of their own.
         rate=False leaves out the entropy model, for stages that change no bit: y is rounded as it is, whose errors are
         distributed like those of rounding y - mu; bits are then zero.
+        decode=False leaves out the decoder, for a stage that moves bits alone: pictures are then those given.
         """
         batch, views = t.shape
         basis = hat_basis(t.flatten(), self.config.quality_knots)
         y = (self.g_a(pictures.flatten(0, 1), basis) * self.gain.gain(basis)).float()
         if rate:
-            y_hat, bits = self._entropy(y, t.flatten())
+            integers = not isinstance(self.para_em.arithmetic, Float)  # which have no room in bfloat16
+            with torch.autocast(y.device.type, enabled=False) if integers else nullcontext():
+                y_hat, bits = self._entropy(y, t.flatten())
         else:
             y_hat, bits = hp.round_straight_through(y), torch.zeros_like(t).flatten()
+        if not decode:
+            return TrainingOutput(pictures, bits.unflatten(0, (batch, views)))
         y_hat = y_hat * self.gain.inverse(basis)
         x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
         x_hat = x_hat.float()

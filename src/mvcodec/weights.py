@@ -130,9 +130,8 @@ def exact_parts(net: ParaHydra) -> nn.ModuleDict:
     return nn.ModuleDict({part: net.get_submodule(part) for part in EXACT_PARTS})
 
 
-def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables | None) -> dict[str, Tensor]:
-    """Integers of h_s and Para-EM, and all tables."""
-    parts = exact_parts(net)
+def calibrate(net: ParaHydra, pictures: Sequence[Tensor]) -> None:
+    """Give the entropy path of `net` its integers; see `export_model` for the pictures."""
 
     @torch.no_grad()
     def replay() -> None:
@@ -140,8 +139,14 @@ def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables |
             for t in CALIBRATION_QUALITIES:
                 net(views[None], torch.full((1, len(views)), t), joint=False, fuse=False, clean=False)
 
+    quantise(exact_parts(net), replay if pictures else None)
+
+
+def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables | None) -> dict[str, Tensor]:
+    """Integers of h_s and Para-EM, and all tables."""
+    parts = exact_parts(net)
     if any(layer.integers is None for layer in exact_layers(parts).values()):
-        quantise(parts, replay if pictures else None)
+        calibrate(net, pictures)
     tensors = {name: value.contiguous() for name, value in to_tensors(parts).items()}
     pmf = net.z_prior.pmf(HYPER_BOUND).cpu().numpy()
     counts = counts_from_pmf(pmf / np.maximum(pmf.sum(axis=1, keepdims=True), 1.0))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as pil
 
 from mvcodec import selftest
+from mvcodec.weights import load_model
 
 from .conftest import Cli
 
@@ -117,6 +118,16 @@ def test_train_resumes_and_its_weights_work(cli: Cli, scene: Path) -> None:
     weights = outcome.records[0]["weights"]
     assert cli("encode", scene / "C1/00000000.png", "-o", "a.phv", "--model", weights).code == 0
     assert cli("decode", "a.phv", "--model", weights).code == 0
+
+
+def test_a_stage_that_moves_no_bit_keeps_the_model_id(cli: Cli, scene: Path, tiny_model_file: Path) -> None:
+    args = ["train", scene, "--config", "mine.toml", "--out", "run", "--start-from", tiny_model_file, "--json"]
+    Path("mine.toml").write_text(
+        'profile = "tiny"\nstage = "joint"\nsteps = 1\ncrop = 64\nmax-views = 2\nparallax = 0.3\nsynthesis = true\n'
+    )
+    outcome = cli(*args)
+    assert outcome.code == 0, outcome.err
+    assert outcome.records[0]["model_id"] == load_model(tiny_model_file).id.hex()
 
 
 def test_selftest_tells_each_check_and_ends_with_7_where_one_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,23 +97,29 @@ def test_validation_on_training_pictures_is_refused(scenes_folder, tmp_path):
 def test_crops_of_a_set_show_the_same_place(scenes_folder):
     scenes = load_scenes(scenes_folder)
     assert scenes[0].shifts[1] == (-SHIFT[0], -SHIFT[1])
-    crops = CropSampler(scenes, 64, seed=3).batch(0, Part.of(24, 0, 1), 2)
+    crops = CropSampler(scenes, (64, 64), seed=3).batch(0, Part.of(24, 0, 1), 2)
     assert crops.shape == (24, 2, 3, 64, 64)
     agreement = (crops[:, 0].float() - crops[:, 1]).abs().mean(dim=(1, 2, 3))
     assert (agreement == 0).sum() >= 12  # the others touch a border and are moved inside
 
 
+def test_wide_crops_of_a_set_show_the_same_place(scenes_folder):
+    crops = CropSampler(load_scenes(scenes_folder), (64, 128), seed=3, synthetic=0.5).batch(0, Part.of(24, 0, 1), 2)
+    assert crops.shape == (24, 2, 3, 64, 128)
+    assert ((crops[:, 0] == crops[:, 1]).flatten(1).all(1)).any()
+
+
 def test_a_batch_depends_on_seed_and_step_alone(scenes_folder):
     scenes = load_scenes(scenes_folder)
-    first, again = (CropSampler(scenes, 64, seed=3).batch(7, Part.of(2, 0, 1), 2) for _ in range(2))
+    first, again = (CropSampler(scenes, (64, 64), seed=3).batch(7, Part.of(2, 0, 1), 2) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, CropSampler(scenes, 64, seed=3).batch(8, Part.of(2, 0, 1), 2))
-    assert not torch.equal(first, CropSampler(scenes, 64, seed=4).batch(7, Part.of(2, 0, 1), 2))
+    assert not torch.equal(first, CropSampler(scenes, (64, 64), seed=3).batch(8, Part.of(2, 0, 1), 2))
+    assert not torch.equal(first, CropSampler(scenes, (64, 64), seed=4).batch(7, Part.of(2, 0, 1), 2))
 
 
 def test_sets_larger_than_any_scene_are_refused(scenes_folder):
     with pytest.raises(UsageError, match="no scene has 3 views"):
-        CropSampler(load_scenes(scenes_folder), 64, 0).batch(0, Part.of(1, 0, 1), 3)
+        CropSampler(load_scenes(scenes_folder), (64, 64), 0).batch(0, Part.of(1, 0, 1), 3)
 
 
 def test_validation_crops_are_fixed(scenes_folder):
@@ -128,8 +134,8 @@ def test_small_views_give_smaller_validation_crops_and_stay_out_of_training(scen
     scene = load_scenes(scenes_folder)[0]
     uneven = replace(scene, views=(scene.views[0], scene.views[1][:100]))
     assert [crops.shape[-1] for _, crops in centre_crops([scene, uneven, scene], 128)] == [128, 64, 128]
-    assert CropSampler([uneven], 128, 0).batch(0, Part.of(1, 0, 1), 1).shape[-1] == 128
+    assert CropSampler([uneven], (128, 128), 0).batch(0, Part.of(1, 0, 1), 1).shape[-1] == 128
     with pytest.raises(UsageError, match="no scene has 2 views of at least 128x128"):
-        CropSampler([uneven], 128, 0).batch(0, Part.of(1, 0, 1), 2)
+        CropSampler([uneven], (128, 128), 0).batch(0, Part.of(1, 0, 1), 2)
     with pytest.raises(UsageError, match="at least 64 pixels"):
         list(centre_crops([replace(scene, views=(scene.views[0][:50], scene.views[1]))], 128))

@@ -51,6 +51,8 @@ def config(scenes_folder: Path, tiny_model_file: Path) -> TrainConfig:
         batch=3,
         crop=64,
         max_views=2,
+        parallax=0.5,
+        synthesis=True,  # or else, gains being zero, hardly anything had a gradient
         warmup=1,
         clip=1e9,
         seed=2,

@@ -1,16 +1,21 @@
 """The loop learns, stops, goes on as if it had not stopped, and changes no bit in the joint stage."""
 
 import csv
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mvcodec.errors import UsageError
+from mvcodec.exact.fixed import ACTIVATION_LIMIT
 from mvcodec.nn.gain import rate_distortion_lambda
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows, draw
+from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import Trainer, train
+from mvcodec.weights import load_model
 
 
 @pytest.fixture
@@ -66,15 +71,65 @@ def test_training_lowers_the_cost_and_logs_every_step(config, scenes_folder):
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 31))
 
 
-def test_joint_stage_trains_the_joint_decoder_and_leaves_every_bit_alone(config, tmp_path):
-    single = train(config, progress=False)
-    joint = replace(config, stage="joint", run_dir=str(tmp_path / "joint"), start_from=str(single))
-    before = torch.load(single, weights_only=True)["ema"]
-    after = weights(train(joint, progress=False))
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed
-    assert all(name.startswith("para_jd.") or name == "gain.log_inverse" for name in changed)
+@pytest.fixture(scope="module")
+def single(scenes_folder, tmp_path_factory):
+    """Checkpoint of a short first stage."""
+    run = str(tmp_path_factory.mktemp("single"))
+    return train(TrainConfig(str(scenes_folder), run, "tiny", steps=2, batch=2, crop=64, threads=1), progress=False)
+
+
+def changed_by(config: TrainConfig) -> set[str]:
+    """Names of what a run moved."""
+    before = torch.load(config.start_from, weights_only=True)["ema"]
+    after = weights(train(config, progress=False))
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def test_joint_stage_trains_the_fusions_and_leaves_every_bit_and_lone_view_alone(config, single):
+    joint = replace(config, stage="joint", start_from=str(single), crop_width=128, parallax=0.3)
+    changed = changed_by(joint)
+    assert all(name.startswith("para_jd.fusions.") for name in changed)
     assert "para_jd.fusions.0.fusion.gain" in changed
+    assert any("column_skm" in name for name in changed)
+    with (Path(joint.run_dir) / "log.csv").open(newline="") as file:
+        guided = [float(row["parallax"]) for row in csv.DictReader(file)]
+    assert guided[0] > 0.3  # attention knows nothing yet
+    assert guided[3:] == [0, 0, 0]  # the second half goes without
+
+
+def test_joint_stage_may_train_the_synthesis_too_and_leaves_every_bit_alone(config, single):
+    changed = changed_by(replace(config, stage="joint", start_from=str(single), synthesis=True))
+    assert all(name.startswith("para_jd.") or name == "gain.log_inverse" for name in changed)
+    assert any(name.startswith("para_jd.fine.") for name in changed)
+
+
+def test_quantise_stage_rounds_what_it_trains_and_goes_on_as_if_not_stopped(config, single, tmp_path):
+    run = replace(config, stage="quantise", start_from=str(single))
+    changed = changed_by(run)
+    assert changed
+    assert all(name.startswith(("h_s.", "para_em.")) for name in changed)
+    whole = weights(Path(run.run_dir) / "checkpoint.pt")
+    parted = replace(run, run_dir=str(tmp_path / "parted"))
+    trainer = Trainer(parted, progress=False)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    resumed = weights(train(parted, progress=False))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_quantise_stage_is_exported_with_the_grids_it_was_trained_on(config, single, tmp_path):
+    checkpoint = train(replace(config, stage="quantise", start_from=str(single)), progress=False)
+    state = torch.load(checkpoint, weights_only=True)
+    export_checkpoint(checkpoint, tmp_path / "rounded.safetensors")
+    layer = load_model(tmp_path / "rounded.safetensors").net.h_s.conv3
+    limit, shift, bits = (
+        state["calibration"][f"h_s.conv3.{name}"] for name in ("input_limit", "input_shift", "fraction_bits")
+    )
+    assert layer.integers.input_limit == limit.item() < ACTIVATION_LIMIT
+    assert (layer.integers.input_shift == shift.numpy()).all()
+    step = 2.0 ** -(shift[:, None, None] + bits[:, None, None, None]).float()
+    assert ((layer.weight - state["ema"]["h_s.conv3.weight"]).abs() <= step / 2 + 1e-6).all()
 
 
 def test_a_released_model_file_is_a_start(config, tiny_model_file, tiny_model):
@@ -84,7 +139,7 @@ def test_a_released_model_file_is_a_start(config, tiny_model_file, tiny_model):
 
 
 def test_joint_stage_mixes_lone_views_and_sets(config):
-    trainer = Trainer(replace(config, stage="joint"), progress=False)
+    trainer = Trainer(replace(config, stage="joint", synthesis=True), progress=False)
     assert {trainer.batches.views_at(step) for step in range(60)} == {1, 2}
 
 
@@ -106,7 +161,8 @@ def test_rate_warms_up_and_decays(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": "both"}, "none of single, joint, refine"),
+        ({"stage": "both"}, "none of single, quantise, joint, refine"),
+        ({"stage": "quantise"}, "needs the checkpoint of an earlier stage"),
         ({"optimizer": "sgd"}, "none of adamw, muon"),
         ({"distortion": "vmaf"}, "none of mse, ms-ssim"),
         ({"distortion": "ms-ssim"}, "at least 161 pixels a side, not 64"),
@@ -116,6 +172,16 @@ def test_rate_warms_up_and_decays(config):
 def test_settings_that_cannot_be_are_refused(config, settings, message):
     with pytest.raises(UsageError, match=message):
         Trainer(replace(config, **settings), progress=False)
+
+
+def test_stages_that_have_nothing_to_go_on_are_refused(config, single):
+    alone = Path(config.run_dir) / "alone" / "scene"
+    alone.mkdir(parents=True)
+    shutil.copy(Path(config.data) / "scene0" / "view0.png", alone)
+    with pytest.raises(UsageError, match="no scene has two views of at least 128x64"):
+        Trainer(replace(config, stage="joint", crop_width=128, data=str(alone.parent)), progress=False)
+    with pytest.raises(UsageError, match="is of another stage"):
+        Trainer(replace(config, stage="quantise", run_dir=str(single.parent)), progress=False)
 
 
 def test_validation_on_the_training_data_is_refused(config):

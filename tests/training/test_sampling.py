@@ -14,8 +14,8 @@ from tests.conftest import smooth_picture
 
 @pytest.fixture
 def batches(scenes_folder):
-    config = TrainConfig(str(scenes_folder), "", "tiny", "joint", steps=5, batch=4, crop=64, max_views=4)
-    sampler = CropSampler(load_scenes(scenes_folder), 64, 1, jitter=0.5, synthetic=0.5)
+    config = TrainConfig(str(scenes_folder), "", "tiny", "joint", 5, batch=4, crop=64, max_views=4, synthesis=True)
+    sampler = CropSampler(load_scenes(scenes_folder), (64, 64), 1, jitter=0.5, synthetic=0.5)
     return Batches(sampler, config)
 
 
@@ -42,6 +42,8 @@ def test_sets_have_one_to_max_views(batches):
     assert {batches.views_at(step) for step in range(60)} == {1, 2, 3, 4}
     photographs = replace(batches, sampler=replace(batches.sampler, synthetic=0.0))
     assert {photographs.views_at(step) for step in range(60)} == {1, 2}
+    fusions_alone = replace(batches, config=replace(batches.config, synthesis=False))
+    assert {fusions_alone.views_at(step) for step in range(60)} == {2, 3, 4}
     single = replace(batches, config=replace(batches.config, stage="single"))
     assert {single.views_at(step) for step in range(60)} == {1}
 
@@ -59,8 +61,8 @@ def test_another_camera_changes_colours_alone():
 
 def test_jitter_is_per_view(batches):
     scenes = batches.sampler.scenes
-    plain = CropSampler(scenes, 64, 1).batch(0, Part.of(8, 0, 1), 2)
-    jittered = CropSampler(scenes, 64, 1, jitter=1.0).batch(0, Part.of(8, 0, 1), 2)
+    plain = CropSampler(scenes, (64, 64), 1).batch(0, Part.of(8, 0, 1), 2)
+    jittered = CropSampler(scenes, (64, 64), 1, jitter=1.0).batch(0, Part.of(8, 0, 1), 2)
     change = (jittered.float() - plain).mean(dim=(2, 3, 4))
     assert (change != 0).all()
     assert (change[:, 0] - change[:, 1]).abs().mean() > 1

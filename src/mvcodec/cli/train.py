@@ -39,16 +39,17 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     expose_value=False,
     callback=from_file,
     metavar="NAME|FILE",
-    help="Settings from a TOML file or a shipped one (fast-single, fast-joint, fast-refine, paper-single, paper-joint)."
-    " Its keys are the options' names; options given here go before.",
+    help="Settings from a TOML file or a shipped one (fast-single, fast-joint, fast-refine, fast-quantise,"
+    " paper-single, paper-joint). Its keys are the options' names; options given here go before.",
 )
 @click.option("--profile", type=click.Choice(["fast", "paper", "tiny"]), default="fast", show_default=True)
 @click.option(
     "--stage",
-    type=click.Choice(["single", "joint", "refine"]),
+    type=click.Choice(["single", "quantise", "joint", "refine"]),
     default="single",
     show_default=True,
-    help="single: all, on lone views; joint: the joint decoder, on sets of views; refine: its aligned refinement.",
+    help="single: all, on lone views; joint: the joint decoder, on sets of views; refine: its aligned refinement;"
+    " quantise: the entropy model, rounded as it will be.",
 )
 @click.option(
     "--out",
@@ -70,6 +71,7 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Views per step, over all processes."
 )
 @click.option("--crop", type=click.IntRange(min=64), default=256, show_default=True, help="A multiple of 64.")
+@click.option("--crop-width", type=click.IntRange(min=0), default=0, help="Of wide crops; 0: as --crop.")
 @click.option("--max-views", type=click.IntRange(min=2), default=6, show_default=True, help="Of stage joint.")
 @click.option(
     "--jitter",
@@ -85,6 +87,14 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     show_default=True,
     help="Of stage joint: share of the sets whose views are made from one picture, with parallax and occlusion.",
 )
+@click.option(
+    "--parallax",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Of stage joint: how much it counts at first where attention looks; from half of the steps on, nothing.",
+)
+@click.option("--synthesis", is_flag=True, help="Of stage joint: train the synthesis, too; lone views then change.")
 @click.option(
     "--distortion",
     type=click.Choice(["mse", "ms-ssim"]),
@@ -120,8 +130,9 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     processes train as one under torchrun: torchrun --nproc-per-node 4 -m mvcodec train ...
     """  # noqa: D301 (click reads the backspace)
     run = Path(settings["run_dir"])
-    if settings["crop"] % 64:
-        raise UsageError(f"--crop {settings['crop']}: must be a multiple of 64")
+    for name in ("crop", "crop_width"):
+        if settings[name] % 64:
+            raise UsageError(f"--{name.replace('_', '-')} {settings[name]}: must be a multiple of 64")
     if (run / "checkpoint.pt").exists() != resume:
         state = "has no checkpoint to resume from" if resume else "has a checkpoint; say --resume or name another"
         raise UsageError(f"--out {run}: {state}")
@@ -139,6 +150,9 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     if not first:
         return
     weights = run / f"{config.profile}.safetensors"
-    identity = export_checkpoint(checkpoint, weights, Path(config.data)).hex()
+    # These stages move no bit: what the model they began with has written stays readable.
+    begun = Path(config.start_from)
+    bits_of = begun if config.stage in ("joint", "refine") and begun.suffix == ".safetensors" else None
+    identity = export_checkpoint(checkpoint, weights, Path(config.data), bits_of).hex()
     record = {"checkpoint": str(checkpoint), "weights": str(weights), "model_id": identity}
     report.result(record, f"{weights}: model {identity}, for --model; {checkpoint} to train on")

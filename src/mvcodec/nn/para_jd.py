@@ -21,15 +21,20 @@ RunStage = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def fuse_views(fusion: ParallaxFusion, x: Tensor) -> Tensor:
-    """PMIFM of every view against all others: x [B, K, C, H, W] -> same shape. Per-view work is done once."""
+    """PMIFM of every view against all others: x [B, K, C, H, W] -> same shape. Per-view work is done once.
+
+    A lone view stays as it is: what fuses views is trained on several, and must not touch one that has no others.
+    """
     batch, views = x.shape[:2]
+    if views == 1:
+        return x
     flat = fusion.features(x.flatten(0, 1))
     features = SourceFeatures(*(f.unflatten(0, (batch, views)) for f in flat))
     fused = []
     for k in range(views):
         main = SourceFeatures(*(f[:, k] for f in features))
         others = [v for v in range(views) if v != k]
-        sides = SourceFeatures(*(f[:, others].transpose(0, 1) for f in features)) if others else None
+        sides = SourceFeatures(*(f[:, others].transpose(0, 1) for f in features))
         fused.append(fusion(x[:, k], main, sides).feature)
     return torch.stack(fused, dim=1)
 

@@ -29,7 +29,10 @@ class TrainConfig:
     steps: int = 4000
     batch: int = 8  # views per step, over all processes
     crop: int = 256
-    max_views: int = 6  # of stage joint; 1 trains the decoder on lone views and leaves the fusions alone
+    crop_width: int = 0  # 0: as `crop`; attention learns no parallax beyond the crop, and most of it is sideways
+    max_views: int = 6  # of stage joint
+    parallax: float = 0.0  # weight of `ParallaxSupervision`, to begin with: how far attention is off (stage joint)
+    synthesis: bool = False  # stage joint trains the synthesis too: then lone views, too, decode differently
     distortion: str = "mse"  # mse | ms-ssim
     jitter: float = 0.0  # share of the views that get another camera's colours and exposure
     synthetic: float = 0.0  # share of the sets whose views are made from one picture (stage joint)
@@ -50,11 +53,17 @@ class TrainConfig:
     minutes: float = 0.0  # stop (resumable) after so many; 0: run to the last step
 
 
+def parallax_weight(config: TrainConfig, step: int) -> float:
+    """Linear to nothing at half of the stage: attention is shown where to look, then looks where it pays."""
+    return config.parallax * max(0.0, 1 - 2 * step / config.steps)
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine to 2 % of the peak."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    """Linear warm-up, of a short run no more than a tenth, then cosine to 2 % of the peak."""
+    warmup = min(config.warmup, config.steps // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 

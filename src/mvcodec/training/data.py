@@ -93,6 +93,20 @@ def read_rgb(file: Path) -> Picture:
         raise PictureError(f"{file}: cannot be read as a picture: {error}") from error
 
 
+def calibration_pictures(folder: Path, count: int = 12, side: int = 256) -> list[Tensor]:
+    """Centre crops [1, 3, side, side] of the first views of scenes spread over a training folder."""
+    files = [views[0] for views in find_scenes(folder).values()]
+    crops = []
+    for file in files[:: max(1, len(files) // count)][:count]:
+        picture = read_rgb(file)
+        height, width = (min(side, n // PAD_MULTIPLE * PAD_MULTIPLE) for n in picture.shape[:2])
+        if height and width:
+            top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+            crop = picture[top : top + height, left : left + width].copy()
+            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
+    return crops
+
+
 def load_scenes(folder: Path, progress: bool = False) -> list[Scene]:
     """Decode every scene below `folder`; a few GB for a few thousand megapixels."""
     cache = ShiftCache(folder)

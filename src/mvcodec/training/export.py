@@ -9,13 +9,13 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from torch import Tensor
 
 from mvcodec.errors import ModelError
 from mvcodec.files import atomic
-from mvcodec.parahydra import PAD_MULTIPLE, ModelConfig, ParaHydra
+from mvcodec.parahydra import ModelConfig, ParaHydra
 from mvcodec.training.curves import columns
-from mvcodec.training.data import find_scenes, read_rgb
+from mvcodec.training.data import calibration_pictures
+from mvcodec.training.rounding import settle
 from mvcodec.training.table_fit import fit_tables
 from mvcodec.weights import export_model, load_model
 
@@ -34,20 +34,6 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def calibration_pictures(folder: Path, count: int = 12, side: int = 256) -> list[Tensor]:
-    """Centre crops [1, 3, side, side] of the first views of scenes spread over a training folder."""
-    files = [views[0] for views in find_scenes(folder).values()]
-    crops = []
-    for file in files[:: max(1, len(files) // count)][:count]:
-        picture = read_rgb(file)
-        height, width = (min(side, n // PAD_MULTIPLE * PAD_MULTIPLE) for n in picture.shape[:2])
-        if height and width:
-            top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-            crop = picture[top : top + height, left : left + width].copy()
-            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
-    return crops
-
-
 def export_checkpoint(
     checkpoint: Path, target: Path, calibration: Path | None = None, bits_of: Path | None = None
 ) -> bytes:
@@ -58,7 +44,10 @@ def export_checkpoint(
     """
     state = read_checkpoint(checkpoint)
     net = ParaHydra(ModelConfig.from_dict(state["model_config"]))
-    net.load_state_dict(state["ema"])
+    if "calibration" in state:
+        settle(net, state["calibration"], state["ema"])
+    else:
+        net.load_state_dict(state["ema"])
     about = {name: str(state["train_config"][name]) for name in ABOUT}
     pictures = calibration_pictures(calibration) if calibration else []
     gaussian = None

@@ -1,8 +1,9 @@
 """The training loop: stages, EMA weights, checkpoints from which a run goes on as if never stopped.
 
-Stage `single` trains everything on lone views (K = 1). Stage `joint` freezes the encoder and the entropy model, so
-that no bit changes, and trains Para-JD on sets of overlapping views of random K, K = 1 included. Stage `refine`
-(refinement.py) then trains the pixel-aligned refinement alone.
+Stage `single` trains everything on lone views (K = 1). Stage `quantise` (rounding.py) trains the entropy model with
+rounded weights and activations. Stage `joint` freezes the encoder and the entropy model, so that no bit changes, and
+trains Para-JD's fusions on sets of overlapping views of random K. Stage `refine` (refinement.py) trains the
+pixel-aligned refinement alone.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from mvcodec.errors import UsageError
 from mvcodec.evaluation.metrics import MS_SSIM_MIN_SIDE
 from mvcodec.parahydra import ModelConfig, ParaHydra, TrainingOutput, config_for
 from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
-from mvcodec.training.config import TrainConfig, learning_rate
+from mvcodec.training.config import TrainConfig, learning_rate, parallax_weight
 from mvcodec.training.curves import append_rows, draw
 from mvcodec.training.data import centre_crops, load_scenes, refuse_overlap
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
 from mvcodec.training.losses import DISTORTIONS, loss_of
 from mvcodec.training.optimizers import OPTIMIZERS, optimizers_for
+from mvcodec.training.parallax_supervision import ParallaxSupervision
+from mvcodec.training.rounding import calibration_on, count_in_integers
 from mvcodec.training.sampling import Batches, CropSampler
 
 VALIDATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -51,8 +54,11 @@ class Trainer:
         self.scenes = load_scenes(Path(config.data), self.progress)
         validates = bool(config.validation) and self.processes.first
         self.validation = load_scenes(Path(config.validation), self.progress) if validates else []
-        sampler = CropSampler(self.scenes, config.crop, config.seed, config.jitter, config.synthetic)
+        size = config.crop, config.crop_width or config.crop
+        sampler = CropSampler(self.scenes, size, config.seed, config.jitter, config.synthetic)
         self.batches = Batches(sampler, config, self.processes.rank, self.processes.world)
+        if self.joint and not config.synthesis and self.batches.most_views < 2:
+            raise UsageError(f"no scene has two views of at least {size[1]}x{size[0]} to fuse; --synthetic makes some")
         self.ahead: Iterator[tuple[Tensor, Tensor]] | None = None
         self.step = 0
         checkpoint = self.run / "checkpoint.pt"
@@ -70,8 +76,16 @@ class Trainer:
             self.model = ParaHydra(config_for(config.profile))
             if self.model.config.transform == "klt":
                 self.model.start_as_klt(block_covariance(self.scenes))
+        self.calibration: dict[str, Tensor] | None = None
+        if config.stage == "quantise":
+            if state is not None and "calibration" not in state:
+                raise UsageError(f"{checkpoint}: is of another stage; begin stage quantise in a folder of its own")
+            self.calibration = state["calibration"] if state else calibration_on(self.model, Path(config.data))
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self._choose_parameters()
+        if self.calibration is not None:
+            count_in_integers(self.model, self.calibration)
+        else:
+            self._choose_parameters()
         self.optimizers = optimizers_for(self.model, config.optimizer)
         self.ema = Ema(self.model, config.ema)
         if state is not None:
@@ -85,16 +99,16 @@ class Trainer:
                     )
                 optimizer.load_state_dict(state[name])
             self.step = state["step"]
-        network = self.processes.wrap(self.model, self.device, unused=self.fuse)  # the fusions, by lone views
+        network = self.processes.wrap(self.model, self.device, unused=config.synthesis)  # the fusions, by lone views
         self.network: Callable[..., TrainingOutput] = torch.compile(network) if config.compile else network
 
     def _choose_parameters(self) -> None:
         """Let gradients reach what this stage trains, and nothing else."""
         if self.config.stage == "joint":
             self.model.requires_grad_(False)
-            self.model.para_jd.requires_grad_(True)
-            self.model.para_jd.fusions.requires_grad_(self.fuse)
-            self.model.gain.log_inverse.requires_grad_(True)
+            self.model.para_jd.requires_grad_(self.config.synthesis)
+            self.model.gain.log_inverse.requires_grad_(self.config.synthesis)
+            self.model.para_jd.fusions.requires_grad_(True)
         else:
             self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
             if self.model.refinement is not None:
@@ -107,9 +121,10 @@ class Trainer:
         return self.config.stage == "joint"
 
     @property
-    def fuse(self) -> bool:
-        """Lone views alone say nothing about how to fuse several."""
-        return self.joint and self.config.max_views > 1
+    def way(self) -> dict[str, bool]:
+        """What of the network this stage runs."""
+        joint, quantise = self.joint, self.config.stage == "quantise"
+        return {"joint": joint, "fuse": joint, "rate": not joint, "decode": not quantise}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -128,11 +143,14 @@ class Trainer:
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         for group in groups:
             group["lr"] = rate * group["factor"]
-        with self.autocast(), WholeBatchNoise(part) if exact else nullcontext():
-            out = self.network(pictures, t, joint=self.joint, fuse=self.fuse, rate=not self.joint)
+        parallax = ParallaxSupervision(self.model.para_jd)
+        guide = parallax_weight(config, step)
+        with self.autocast(), WholeBatchNoise(part) if exact else nullcontext(), parallax if guide else nullcontext():
+            out = self.network(pictures, t, **self.way)
+        loss, bpp, mse = loss_of(pictures, out.pictures, out.bits, t, config.distortion)
+        look = parallax.loss(pictures) if guide else loss.new_zeros(())
         # The mean over processes becomes the mean over the whole batch.
-        terms = torch.stack(loss_of(pictures, out.pictures, out.bits, t, config.distortion))
-        terms = terms * part.share * processes.world
+        terms = torch.stack((loss + guide * look, bpp, mse, look)) * part.share * processes.world
         self.model.zero_grad(set_to_none=True)
         terms[0].backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
@@ -143,15 +161,16 @@ class Trainer:
                 optimizer.step()
         self.ema.update(self.model, step)
         self.step += 1
-        loss, bpp, mse = processes.mean(terms.detach()).tolist()
+        total, bits, error, off = processes.mean(terms.detach()).tolist()
         return {
             "step": self.step,
             "views": pictures.shape[1],
-            "loss": loss,
-            "bpp": bpp,
-            "psnr": -10 * math.log10(max(mse, 1e-12)),
+            "loss": total,
+            "bpp": bits,
+            "psnr": -10 * math.log10(max(error, 1e-12)) if self.way["decode"] else math.nan,
             "norm": norm.item(),
             "lr": rate,
+            **({"parallax": off} if config.parallax else {}),
         }
 
     @torch.no_grad()
@@ -171,7 +190,7 @@ class Trainer:
                         if joint and not self.joint:
                             psnrs.extend(alone[-pictures.shape[1] :])
                             continue
-                        out = self.model(pictures, t, joint, fuse=self.fuse)
+                        out = self.model(pictures, t, joint, fuse=self.joint)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
                         psnrs.extend((-10 * torch.log10(mse)).flatten().tolist())
                     bpps.extend((out.bits / crops.shape[-1] ** 2).flatten().tolist())
@@ -197,6 +216,7 @@ class Trainer:
                 "step": self.step,
                 "model_config": self.model.config.to_dict(),
                 "train_config": asdict(self.config),
+                **({"calibration": self.calibration} if self.calibration else {}),
             },
             self.run / "checkpoint.pt",
         )
@@ -253,8 +273,10 @@ def format_validation(row: dict[str, float | str]) -> str:
 
 def check(config: TrainConfig) -> None:
     """UsageError for settings that cannot go together, before anything is loaded."""
-    if config.stage not in ("single", "joint"):
-        raise UsageError(f"stage {config.stage!r} is none of single, joint, refine")
+    if config.stage not in ("single", "quantise", "joint"):
+        raise UsageError(f"stage {config.stage!r} is none of single, quantise, joint, refine")
+    if config.stage == "quantise" and not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
+        raise UsageError("stage quantise needs the checkpoint of an earlier stage to start from")
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
     if config.distortion not in DISTORTIONS:

@@ -50,10 +50,10 @@ class Part:
 
 @dataclass(frozen=True)
 class CropSampler:
-    """Random crops [B, K, 3, size, size] uint8: `batch` sets of `views` overlapping views each."""
+    """Random crops [B, K, 3, H, W] uint8: `batch` sets of `views` overlapping views each."""
 
     scenes: list[Scene]
-    size: int
+    size: tuple[int, int]  # H, W
     seed: int
     jitter: float = 0.0
     synthetic: float = 0.0
@@ -63,7 +63,7 @@ class CropSampler:
         """The scenes, of each the views that are at least of the crop's size."""
         found = []
         for scene in self.scenes:
-            keep = [i for i, view in enumerate(scene.views) if min(view.shape[:2]) >= self.size]
+            keep = [i for i, view in enumerate(scene.views) if np.greater_equal(view.shape[:2], self.size).all()]
             views, shifts = tuple(scene.views[i] for i in keep), tuple(scene.shifts[i] for i in keep)
             found.append(replace(scene, views=views, shifts=shifts))
         return found
@@ -80,7 +80,8 @@ class CropSampler:
     def batch(self, step: int, part: Part, views: int) -> Tensor:
         sets = self.usable(views)
         if not sets and not (self.synthetic and self.usable(1)):
-            raise UsageError(f"no scene has {views} views of at least {self.size}x{self.size}")
+            height, width = self.size
+            raise UsageError(f"no scene has {views} views of at least {width}x{height}")
         crops = [self._crop_set(sets, views, np.random.default_rng((self.seed, step, 0, i))) for i in part.indices]
         return torch.from_numpy(np.stack(crops)).permute(0, 1, 4, 2, 3)
 
@@ -111,18 +112,19 @@ def _pick(scenes: list[Scene], rng: np.random.Generator) -> Scene:
     return scenes[rng.choice(len(scenes), p=weight / weight.sum())]
 
 
-def overlapping_crops(scene: Scene, views: int, size: int, rng: np.random.Generator) -> Picture:
-    """[K, size, size, 3]: a random crop of a random view, and the same place in others, by the global shifts."""
+def overlapping_crops(scene: Scene, views: int, size: tuple[int, int], rng: np.random.Generator) -> Picture:
+    """[K, *size, 3]: a random crop of a random view, and the same place in others, by the global shifts."""
     order = rng.permutation(len(scene.views))[:views]
     base_row, base_column = scene.shifts[order[0]]
     height, width = scene.views[order[0]].shape[:2]
-    row, column = int(rng.integers(0, height - size + 1)), int(rng.integers(0, width - size + 1))
+    rows, columns = size
+    row, column = int(rng.integers(0, height - rows + 1)), int(rng.integers(0, width - columns + 1))
     crops = []
     for view in order:
         picture, (dr, dc) = scene.views[view], scene.shifts[view]
-        top = int(np.clip(row + dr - base_row, 0, picture.shape[0] - size))
-        left = int(np.clip(column + dc - base_column, 0, picture.shape[1] - size))
-        crops.append(picture[top : top + size, left : left + size])
+        top = int(np.clip(row + dr - base_row, 0, picture.shape[0] - rows))
+        left = int(np.clip(column + dc - base_column, 0, picture.shape[1] - columns))
+        crops.append(picture[top : top + rows, left : left + columns])
     return np.stack(crops)
 
 
@@ -146,11 +148,12 @@ class Batches(Dataset):
     world: int = 1
 
     def views_at(self, step: int) -> int:
-        """K of a step: lone views, or sets of 2 to max_views, all alike often."""
-        if self.config.stage == "single" or self.most_views == 1:
+        """K of a step: 2 to max_views, all alike often, and lone views for a synthesis that learns, too."""
+        if self.config.stage != "joint" or self.most_views == 1:
             return 1
         rng = np.random.default_rng((self.config.seed, step, 2))
-        return 1 if rng.random() < LONE else int(rng.integers(2, self.most_views + 1))
+        lone = self.config.synthesis and rng.random() < LONE
+        return 1 if lone else int(rng.integers(2, self.most_views + 1))
 
     @cached_property
     def most_views(self) -> int:

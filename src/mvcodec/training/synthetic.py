@@ -51,20 +51,22 @@ def layer_index(field: NDArray[np.float64], layers: int = LAYERS) -> NDArray[np.
 
 
 def render(
-    picture: Tensor, index: NDArray[np.int64], disparities: list[float], camera: Camera, size: int
+    picture: Tensor, index: NDArray[np.int64], disparities: list[float], camera: Camera, size: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """The central [size, size, 3] uint8 of what `camera` sees. picture [3, H, W] in [0, 1], index [H, W] of layers.
+    """The central [*size, 3] uint8 of what `camera` sees. picture [3, H, W] in [0, 1], index [H, W] of layers.
 
     A camera that stands still sees the picture itself.
     """
     _, height, width = picture.shape
-    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2.0
-    rows, columns = rows + (height - size) % 2 / 2, columns + (width - size) % 2 / 2  # whole pixels of the picture
+    rows, columns = (
+        at - (own - 1) / 2.0 + (whole - own) % 2 / 2  # whole pixels of the picture
+        for at, own, whole in zip(np.mgrid[: size[0], : size[1]], size, (height, width), strict=True)
+    )
     target = np.stack((columns, rows, np.ones_like(rows)))
     x, y, w = np.einsum("ij,jhw->ihw", camera.homography, target)
     x, y = x / w, y / w
     filler = picture.flip(2)
-    seen = torch.zeros(3, size, size)
+    seen = torch.zeros(3, *size)
     for layer, disparity in enumerate(disparities):
         own = torch.from_numpy(index == layer)
         reaches = torch.from_numpy(index >= layer).float()[None]
@@ -78,23 +80,23 @@ def render(
     return (255 * seen.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
 
 
-def random_camera(size: int, rng: np.random.Generator) -> Camera:
+def random_camera(size: tuple[int, int], rng: np.random.Generator) -> Camera:
     """A small turn, change of scale and perspective, and a baseline."""
     angle, scale = rng.uniform(-MAX_TILT, MAX_TILT), 1 + rng.uniform(-MAX_TILT, MAX_TILT)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
-    perspective = rng.uniform(-0.1 * MAX_TILT, 0.1 * MAX_TILT, 2) / size
+    perspective = rng.uniform(-0.1 * MAX_TILT, 0.1 * MAX_TILT, 2) / size[::-1]
     homography = np.array([[cos, -sin, 0], [sin, cos, 0], [*perspective, 1]])
     down, right = rng.uniform(-MAX_PARALLAX, MAX_PARALLAX, 2) * size
     return Camera(homography, (float(down), float(right)))
 
 
-def synthetic_views(picture: Picture, views: int, size: int, rng: np.random.Generator) -> Picture:
-    """[K, size, size, 3] uint8: a random place of `picture` [H, W, 3] seen by K cameras; one of them stands still."""
-    height, width = (min(side, int(size * (1 + 2 * MARGIN))) for side in picture.shape[:2])
+def synthetic_views(picture: Picture, views: int, size: tuple[int, int], rng: np.random.Generator) -> Picture:
+    """[K, *size, 3] uint8: a random place of `picture` [H, W, 3] seen by K cameras; one of them stands still."""
+    height, width = (min(whole, int(own * (1 + 2 * MARGIN))) for whole, own in zip(picture.shape, size, strict=False))
     top, left = (
         int(rng.integers(whole - part + 1)) for whole, part in zip(picture.shape, (height, width), strict=False)
     )
-    part = np.ascontiguousarray(picture[top : top + height, left : left + width])
+    part = picture[top : top + height, left : left + width].copy()
     tensor = torch.from_numpy(part).permute(2, 0, 1).float() / 255
     index = layer_index(smooth_field(height, width, rng))
     disparities = [0.0, *np.sort(rng.uniform(0.2, 1, LAYERS - 1)).tolist()]
