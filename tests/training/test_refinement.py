@@ -30,7 +30,7 @@ def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
     checkpoint = train(config, progress=False)
     after = torch.load(checkpoint, weights_only=True)["ema"]
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert "refinement.polish.last.weight" in changed
+    assert "refinement.pair_out.weight" in changed
     peerless = ("refinement.look.", "refinement.clean_out.")
     assert all(name.startswith("refinement.") and not name.startswith(peerless) for name in changed)
     single = export_checkpoint(config.start_from, tmp_path / "single.safetensors")

@@ -4,7 +4,7 @@
                   |
                   features                         once per view, half resolution
                   |
-    x_j --align, warp, match colours, polish--> d_ij = warped_j - x_i --pair net--> logit, feature
+    x_j --align, warp, match colours--> d_ij = warped_j - x_i --pair net--> logit, feature
                   |
                   softmax over i itself (logit 0) and all j, each j's share times its consistency
                   |
@@ -16,14 +16,13 @@ part is exactly zero. One main view and one peer at a time: memory grows with K 
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvcodec.nn.alignment import Sight, sights
-from mvcodec.nn.flow_polish import FlowPolish
 from mvcodec.nn.warping import warp
 
 SCALE = 16.0  # coding errors are about 1/50 of the range: brings them near 1 inside the net
@@ -74,7 +73,6 @@ class AlignedRefinement(nn.Module):
             nn.Conv2d(12 + 1, width, 3, padding=1), nn.LeakyReLU(0.1), _Residual(width), _Residual(width)
         )
         self.clean_out = _zero(nn.Conv2d(width, 12, 3, padding=1))
-        self.polish = FlowPolish()
         self.pair = nn.Sequential(
             nn.Conv2d(width + 12 + 4 + 2, width, 3, padding=1),
             nn.LeakyReLU(0.1),
@@ -137,9 +135,9 @@ class AlignedRefinement(nn.Module):
         main = pictures[view : view + 1]
         for n in kept:
             j = sight.peers[n]
-            side, flow, consistency = pictures[j : j + 1], sight.flow[n][None], sight.consistency[n][None]
-            flow = flow + self.polish(main, see(side, main, flow, consistency), consistency)
-            yield Peer(see(side, main, flow, consistency), consistency, quality[j : j + 1])
+            consistency = sight.consistency[n][None]
+            picture = see(pictures[j : j + 1], main, sight.flow[n][None], consistency)
+            yield Peer(picture, consistency, quality[j : j + 1])
 
     def clean(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Each view alone: [B, 3, H, W], quality [B] -> picture [B, 3, H, W], features [B, C, H/2, W/2]."""
@@ -173,6 +171,12 @@ class AlignedRefinement(nn.Module):
         residual = self.head(torch.cat((features, *(x.to(cast) for x in parts)), dim=1))
         shares = torch.stack([_full(vote / (1 + total), main) for vote in votes], dim=1)
         return Fused(main + _restore(strongest.repeat(1, 3, 1, 1) * residual, main), shares)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Files of the first releases hold a learned correction of the flow, which epipolar lines made worthless."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}polish.")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def see(side: Tensor, main: Tensor, flow: Tensor, consistency: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Stage `refine`: the peers' part of the aligned refinement learns on what the codec decodes, all else frozen.
 
-    set of views -> decode and clean each alone -> align -> warp, the uncoded views too -> crops     kept on disk
-    crops -> FlowPolish -> the uncoded peer, corrected, against the uncoded main view
-          -> AlignedRefinement.fuse -> MSE relative to that of the cleaned view, which peers must not spoil
+    set of views -> decode and clean each alone -> align -> warp -> crops                       kept on disk
+    crops -> AlignedRefinement.fuse -> MSE relative to that of the cleaned view, which peers must not spoil
 
-The alignment before the polish has no weights, so it is done once; training then sees plain crops. The peerless part
+The alignment has no weights, so it is done once; training then sees plain crops. The peerless part
 (`look`, `clean_out`) belongs to stage `single` and stays as it is.
 """
 
@@ -27,7 +26,6 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, see
 from mvcodec.nn.alignment import sights
-from mvcodec.nn.warping import warp
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
 from mvcodec.training.config import TrainConfig, learning_rate
@@ -40,13 +38,12 @@ TRAINED_CROP = 128  # of the examples as trained
 SIDES = 5  # peers of an example at most
 SETS = 120  # windows of a scene, decoded and aligned: about 3 s of one core each
 SPOTS = 4  # examples per view
-POLISH_WEIGHT = 0.3
 HARM_WEIGHT = 2.0
 
 # views and one quality in [0, 1] for each -> the views as decoded alone and the same cleaned, [K, 3, H, W] in [0, 1]
 Decoder = Callable[[Tensor, list[float]], tuple[Tensor, Tensor]]
 Example = dict[str, Tensor]
-PARTS = ("polish", "pair", "pair_out", "head")  # what this stage trains
+PARTS = ("pair", "pair_out", "head")  # what this stage trains
 
 
 def decode_alone(net: ParaHydra) -> Decoder:
@@ -105,16 +102,13 @@ def examples(views: list[Picture], decoder: Decoder, rng: np.random.Generator, c
     for i, sight in enumerate(sights(cleaned, SIDES)):
         places, consistency = len(sight.peers), sight.consistency
         main = cleaned[i : i + 1].expand(places, -1, -1, -1)
-        truth = target[i : i + 1].expand(places, -1, -1, -1)
         seen = see(cleaned[sight.peers], main, sight.flow, consistency)
-        uncoded = see(target[sight.peers], truth, sight.flow, consistency)
         for top, left in _spots(consistency.amax(0)[0], crops, rng):
             window = (..., slice(top, top + CROP), slice(left, left + CROP))
             found.append({
                 "target": target[i][window],
                 "main": decoded[i][window],
                 "peers": seen[window],
-                "uncoded": uncoded[window],
                 "consistency": consistency[window],
                 "quality": quality[i],
                 "peer_quality": quality[sight.peers],
@@ -175,7 +169,7 @@ def batch_of(data: list[Example], size: int, seed: int, step: int) -> Example:
             x = values[k]
             if "quality" not in name:
                 x = (x[..., top : top + TRAINED_CROP, left : left + TRAINED_CROP].float() / 255).flip(flips)
-            if name in ("peers", "uncoded", "consistency", "peer_quality"):
+            if name in ("peers", "consistency", "peer_quality"):
                 x = x[peers]
                 x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
             example[name] = x
@@ -202,45 +196,28 @@ def _spoil(peers: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """`total` is what training minimises; the others say how far it is, averaged over the batch."""
+    """`total` is what training minimises; `joint` says how far it is, averaged over the batch."""
 
     total: Tensor
     joint: Tensor  # MSE of the view fused with its peers, of the cleaned one's
-    polish: Tensor  # distance of the uncoded peers to the main view, of that before the polish
 
 
 def loss(model: AlignedRefinement, batch: Example) -> Losses:
-    """Joint MSE relative to that of the cleaned view; harm counts more; the polish learns on uncoded pictures."""
+    """Joint MSE relative to that of the cleaned view; harm counts more."""
     main, target = batch["main"], batch["target"]
-    polished, peers = [], []
     with torch.autocast(main.device.type, torch.bfloat16):
         with torch.no_grad():
             cleaned, features = model.clean(main, batch["quality"])
             cleaned = cleaned.clamp(0, 1)
-        for s in range(batch["peers"].shape[1]):
-            peer, uncoded, consistency = (batch[name][:, s] for name in ("peers", "uncoded", "consistency"))
-            correction = model.polish(cleaned, peer, consistency)
-            before, after = (
-                (consistency * _distance(x, target)).sum((1, 2, 3)) for x in (uncoded, warp(uncoded, correction))
-            )
-            polished.append((after + 1) / (before + 1))
-            moved = warp(peer, correction.detach()).clamp(0, 1)
-            peers.append(Peer(moved, consistency, batch["peer_quality"][:, s]))
-        joint = model.fuse(cleaned, features, batch["quality"], peers).pictures
-    alone = _mse(cleaned, target) + 1e-6
-    ratio, polish = _mse(joint, target) / alone, torch.stack(polished).mean()
+        places = zip(*(batch[name].unbind(1) for name in ("peers", "consistency", "peer_quality")), strict=True)
+        joint = model.fuse(cleaned, features, batch["quality"], (Peer(*place) for place in places)).pictures
+    ratio = _mse(joint, target) / (_mse(cleaned, target) + 1e-6)
     harm = (ratio - 1).clamp_min(0)  # peers must not do worse than none
-    total = (ratio + HARM_WEIGHT * harm).mean() + POLISH_WEIGHT * polish
-    return Losses(total, ratio.detach().mean(), polish.detach())
+    return Losses((ratio + HARM_WEIGHT * harm).mean(), ratio.detach().mean())
 
 
 def _mse(x: Tensor, target: Tensor) -> Tensor:
     return (x - target).square().mean((1, 2, 3))
-
-
-def _distance(x: Tensor, target: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N, 1, H, W], nearly the absolute difference: a wrong match is not worth more than it costs."""
-    return ((x - target).square().mean(1, keepdim=True) + 1e-4).sqrt()
 
 
 def refine(config: TrainConfig, progress: bool = True) -> Path:
@@ -308,10 +285,10 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
             optimizer.step()
             ema.update(refinement, step)
             step += 1
-            joint_db, polish_db = (-10 * math.log10(float(x)) for x in (now.joint, now.polish))
-            rows.append({"step": step, "loss": now.total.item(), "joint_db": joint_db, "polish_db": polish_db})
+            joint_db = -10 * math.log10(float(now.joint))
+            rows.append({"step": step, "loss": now.total.item(), "joint_db": joint_db})
             bar.update()
-            bar.set_postfix(joint=f"{joint_db:+.2f} dB", polish=f"{polish_db:+.2f} dB")
+            bar.set_postfix(joint=f"{joint_db:+.2f} dB")
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save(rows)
                 saved = time.monotonic()
