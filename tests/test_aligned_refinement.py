@@ -132,12 +132,14 @@ def test_odd_sizes() -> None:
     assert scrambled()(pictures, QUALITY[:2]).pictures.shape == pictures.shape
 
 
-def test_files_with_a_learned_correction_of_the_flow_still_load() -> None:
-    state = scrambled().state_dict()
-    old = {**state, "polish.first.weight": torch.zeros(32, 11, 3, 3)}
-    AlignedRefinement(width=8).load_state_dict(old)
-    with pytest.raises(RuntimeError, match="polosh"):
-        AlignedRefinement(width=8).load_state_dict({**state, "polosh": torch.zeros(1)})
+@torch.no_grad()
+def test_weights_with_and_without_the_retired_polish_load_and_mean_the_same() -> None:
+    whole = scrambled()
+    without = {name: value for name, value in whole.state_dict().items() if not name.startswith("polish.")}
+    model = AlignedRefinement(width=8)
+    model.load_state_dict(without)
+    pictures = views()[:2]
+    assert torch.equal(model(pictures, QUALITY[:2]).pictures, whole(pictures, QUALITY[:2]).pictures)
 
 
 def test_colours_of_a_peer_are_matched() -> None:

@@ -36,7 +36,7 @@ def epipolar_lines(flow: Tensor) -> Lines | None:
     height, width = flow.shape[-2:]
     first = SPACING // 2 - 1  # points stand in the middle of cells, between pixels, as `interpolate` has it
     thin = F.avg_pool2d(flow[..., first:, first:], 2, SPACING)
-    here = SPACING * pixel_grid(*thin.shape[-2:], like=flow) + first + 0.5
+    here = SPACING * pixel_grid(thin.shape[-2], thin.shape[-1], flow) + first + 0.5
     there = here + thin
     home = sample(flow.flip(0), there) + thin
     limit = there.new_tensor([width - 1, height - 1]).view(1, 2, 1, 1)
