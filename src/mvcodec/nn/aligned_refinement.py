@@ -73,7 +73,6 @@ class AlignedRefinement(nn.Module):
             nn.Conv2d(12 + 1, width, 3, padding=1), nn.LeakyReLU(0.1), _Residual(width), _Residual(width)
         )
         self.clean_out = _zero(nn.Conv2d(width, 12, 3, padding=1))
-        self.polish = _retired_polish()
         self.pair = nn.Sequential(
             nn.Conv2d(width + 12 + 4 + 2, width, 3, padding=1),
             nn.LeakyReLU(0.1),
@@ -174,9 +173,9 @@ class AlignedRefinement(nn.Module):
         return Fused(main + _restore(strongest.repeat(1, 3, 1, 1) * residual, main), shares)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Weights with and without the retired part load."""
-        for name, value in self.polish.state_dict(prefix=f"{prefix}polish.").items():
-            state_dict.setdefault(name, value)
+        """Older weights hold a learned correction of the flow, which the epipolar lines made worthless."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}polish.")]:
+            del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -194,18 +193,6 @@ def match_colours(warped: Tensor, main: Tensor, consistency: Tensor) -> Tensor:
     variance = (weight * side * side).sum((-2, -1), keepdim=True)
     gain = ((weight * side * target).sum((-2, -1), keepdim=True) + 1e-3) / (variance + 1e-3)
     return gain.clamp(0.5, 2) * side + mean_main
-
-
-def _retired_polish() -> nn.Module:
-    """Weights of a learned correction of the flow, which epipolar lines made worthless: nothing runs them.
-
-    Released files hold them, and the golden file's model is drawn name by name, these included.
-    """
-    module = nn.Module()
-    module.first = nn.Conv2d(11, 32, 3)
-    module.body = nn.ModuleList(nn.Conv2d(32, 32, 3) for _ in range(5))
-    module.last = nn.Conv2d(32, 2, 3)
-    return module
 
 
 def _zero(conv: nn.Conv2d) -> nn.Conv2d:
