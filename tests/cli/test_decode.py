@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image as pil
 
 import mvcodec
 from mvcodec import container
+from mvcodec.cli.decode import _helpers
 from mvcodec.cli.maps import colours
 from mvcodec.errors import UsageError
 
@@ -225,6 +227,12 @@ def test_each_peer_and_its_mean_weight_are_told(cli: Cli, coded: Path) -> None:
         assert [r["weights"] for r in cli("decode", coded, "-o", f"out{option}", option, "--json").records] == [
             None
         ] * 4
+
+
+def test_a_peer_that_gave_nothing_is_not_said_to_help() -> None:
+    view = SimpleNamespace(weights=(0.0, 0.25, 0.0), peers=("C1", "C2", "C3"))
+    assert _helpers(view) == "C2 (25%)"
+    assert _helpers(SimpleNamespace(weights=(0.0,), peers=("C2",))) == ""
 
 
 def test_maps_show_what_each_peer_contributed(cli: Cli, coded: Path) -> None:

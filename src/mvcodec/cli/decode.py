@@ -286,16 +286,17 @@ def _deliver(report: Report, targets: Targets, done: Finishing, path: Path, draw
         "damage": damage,
         "seconds": round(done.seconds, 3),
     }
-    helped = f", with {_helpers(decoded)}" if decoded.peers else ", alone"
+    helped = f", with {helpers}" if (helpers := _helpers(decoded)) else ", alone"
     if damage:
         report.note(f"{view.name}: {damage}; decoded what is intact")
     report.result(record, f"{view.name} -> {label(path)}: {header.width} x {header.height}{helped}", err=True)
 
 
 def _helpers(decoded: DecodedView) -> str:
-    """The peers and, where they were aligned, the mean weight of each: "C2 (31%), C3 (8%)"."""
+    """The peers or, where they were aligned, those that gave something and the mean weight of each: "C2 (31%), C3 (8%)"."""
     if decoded.weights is None:
         return ", ".join(decoded.peers) if len(decoded.peers) < 4 else f"{len(decoded.peers)} others"
-    used = sorted(zip(decoded.weights, decoded.peers, strict=True), key=lambda peer: -peer[0])
+    both = zip(decoded.weights, decoded.peers, strict=True)
+    used = sorted((peer for peer in both if peer[0] > 0), key=lambda peer: -peer[0])
     shown = [f"{name or 'one unnamed'} ({weight:.0%})" for weight, name in used[:3]]
     return ", ".join([*shown, *([f"{len(used) - 3} more"] if len(used) > 3 else [])])
