@@ -293,10 +293,10 @@ def _deliver(report: Report, targets: Targets, done: Finishing, path: Path, draw
 
 
 def _helpers(decoded: DecodedView) -> str:
-    """The peers or, where they were aligned, those that gave something and the mean weight of each: "C2 (31%), C3 (8%)"."""
+    """The peers or, where they were aligned, those that gave something and what: "C2 (31%), C3 (8%)"."""
     if decoded.weights is None:
         return ", ".join(decoded.peers) if len(decoded.peers) < 4 else f"{len(decoded.peers)} others"
     both = zip(decoded.weights, decoded.peers, strict=True)
-    used = sorted((peer for peer in both if peer[0] > 0), key=lambda peer: -peer[0])
+    used = sorted((peer for peer in both if peer[0] >= 0.005), key=lambda peer: -peer[0])
     shown = [f"{name or 'one unnamed'} ({weight:.0%})" for weight, name in used[:3]]
     return ", ".join([*shown, *([f"{len(used) - 3} more"] if len(used) > 3 else [])])
