@@ -13,7 +13,7 @@ from mvcodec.exact.arithmetic import FLOAT, Arithmetic, Block
 from mvcodec.exact.conv import Conv
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.layers import DepthResidualBlock
-from mvcodec.nn.parallax_attention import CHUNK_ELEMENTS
+from mvcodec.nn.parallax_attention import CHUNK_ELEMENTS, whole_and_rest
 
 
 def attend_anchors(
@@ -31,9 +31,9 @@ def attend_anchors(
     height, width = query.shape[2:]
     if tile and (height > tile or width > tile // 2):
         rows = []
-        for down in _whole_and_rest(height, tile):
+        for down in whole_and_rest(height, tile):
             row = []
-            for across in _whole_and_rest(width, tile // 2):
+            for across in whole_and_rest(width, tile // 2):
                 grid = -(-(down.stop - down.start) // tile), -(-2 * (across.stop - across.start) // tile)
                 q, k, v = (_cut(x[..., down, across], grid) for x in (query, key, value))
                 most = max(1, chunk // (q.shape[2] * q.shape[3]) ** 2)  # tiles at once
@@ -46,12 +46,6 @@ def attend_anchors(
     step = max(1, chunk // (k.shape[0] * k.shape[1]))
     parts = [arithmetic.attend(q[:, s : s + step], k, v, q.shape[-1] ** -0.5) for s in range(0, q.shape[1], step)]
     return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, query.shape[2:])
-
-
-def _whole_and_rest(length: int, tile: int) -> list[slice]:
-    """The part that whole tiles fill, and what remains: tiles of one size are attended together."""
-    whole = length // tile * tile
-    return [part for part in (slice(0, whole), slice(whole, length)) if part.stop > part.start]
 
 
 def _cut(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -40,6 +40,12 @@ class SourceFeatures(NamedTuple):
     column_key: Tensor  # SKM of the vertical stage
 
 
+def whole_and_rest(length: int, tile: int) -> list[slice]:
+    """The part that whole tiles fill, and what remains: tiles, or segments, of one size are attended together."""
+    whole = length // tile * tile
+    return [part for part in (slice(0, whole), slice(whole, length)) if part.stop > part.start]
+
+
 def attend_rows(
     query: Tensor,
     key: Tensor,
@@ -55,13 +61,12 @@ def attend_rows(
     """
     n, _, height, width = query.shape
     if 0 < segment < width:
-        whole = width // segment * segment
         pieces = []
-        for part, count in ((slice(0, whole), whole // segment), (slice(whole, width), 1)):  # each piece as a row
-            if part.start < part.stop:
-                q, k, v = (x[..., part].unflatten(3, (count, -1)).flatten(2, 3) for x in (query, key, value))
-                found = attend_rows(q, k, v, scale, 0, chunk, arithmetic)
-                pieces.append([x.unflatten(2, (height, count)).flatten(3) for x in found])
+        for part in whole_and_rest(width, segment):  # each segment as a row
+            count = -(-(part.stop - part.start) // segment)
+            q, k, v = (x[..., part].unflatten(3, (count, -1)).flatten(2, 3) for x in (query, key, value))
+            found = attend_rows(q, k, v, scale, 0, chunk, arithmetic)
+            pieces.append([x.unflatten(2, (height, count)).flatten(3) for x in found])
         return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
     q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
     rows = max(1, chunk // (width * width))
