@@ -152,6 +152,15 @@ def test_views_come_one_by_one_and_a_pair_is_aligned_once(monkeypatch: pytest.Mo
     assert counts == [3, 5, 6, 6]
 
 
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = torch.cat((texture(grid()), texture(grid() - 5.5)))
+    whole = align(views)
+    monkeypatch.setattr(alignment, "TILE", (48, 80))
+    monkeypatch.setattr(alignment, "CELLS", 100)
+    for part, all_at_once in zip(align(views), whole, strict=True):
+        torch.testing.assert_close(part, all_at_once, atol=1e-2, rtol=0)
+
+
 def test_warp_by_zero_is_the_identity_and_outside_is_inconsistent() -> None:
     picture = torch.rand(1, 3, 20, 30)
     still = torch.zeros(1, 2, 20, 30)

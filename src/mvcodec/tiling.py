@@ -106,7 +106,7 @@ def tiled(module: nn.Module, run: Stage, x: Tensor, most: int) -> Tensor:
     seen = footprint(module, run, x[:1, :, :PROBE, :PROBE])
     side = max(math.isqrt(most) - 2 * seen.reach, seen.reach, seen.grid) // seen.grid * seen.grid
     whole: Tensor | None = None
-    for view, rows, columns in product(range(batch), _spans(height, side, seen), _spans(width, side, seen)):
+    for view, rows, columns in product(range(batch), spans(height, side, seen.reach), spans(width, side, seen.reach)):
         part = run(x[view : view + 1, :, rows.seen, columns.seen], slice(view, view + 1))
         ratio = part.shape[-1] / (columns.seen.stop - columns.seen.start)  # of the output's resolution to the input's
         if whole is None:
@@ -118,7 +118,7 @@ def tiled(module: nn.Module, run: Stage, x: Tensor, most: int) -> Tensor:
     return whole
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """One tile along one side."""
 
     seen: slice  # of the input
@@ -126,11 +126,12 @@ class _Span(NamedTuple):
     inside: slice  # the same, counted from where `seen` begins
 
 
-def _spans(length: int, tile: int, footprint: Footprint) -> Iterator[_Span]:
+def spans(length: int, tile: int, reach: int) -> Iterator[Span]:
+    """Tiles of one side, each with so much around it."""
     for start in range(0, length, tile):
         end = min(start + tile, length)
-        first, last = max(start - footprint.reach, 0), min(end + footprint.reach, length)
-        yield _Span(slice(first, last), slice(start, end), slice(start - first, end - first))
+        first, last = max(start - reach, 0), min(end + reach, length)
+        yield Span(slice(first, last), slice(start, end), slice(start - first, end - first))
 
 
 def _scaled(part: slice, ratio: float) -> slice:

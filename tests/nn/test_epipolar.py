@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mvcodec.nn import alignment
 from mvcodec.nn.alignment import sights
-from mvcodec.nn.epipolar import epipolar_lines
+from mvcodec.nn.epipolar import Pull, epipolar_lines
 from tests.test_alignment import grid, texture
 
 SIZE = (160, 224)
@@ -22,11 +22,26 @@ def stereo() -> Tensor:
     return torch.stack([torch.stack((d, torch.zeros_like(d))) for d in (there, back)])
 
 
+def everywhere(flow: Tensor) -> Pull:
+    lines = epipolar_lines(flow)
+    assert lines is not None
+    return lines.at(flow, *(slice(0, length) for length in flow.shape[-2:]))
+
+
+def test_a_tile_is_drawn_as_the_whole_is() -> None:
+    flow = stereo()
+    lines = epipolar_lines(flow)
+    assert lines is not None
+    for tile in ((slice(0, 84), slice(140, 224)), (slice(44, 150), slice(0, 31))):
+        seen = (..., *tile)
+        for part, whole in zip(lines.at(flow[seen], *tile), everywhere(flow), strict=True):
+            torch.testing.assert_close(part, whole[seen], atol=1e-4, rtol=1e-5)
+
+
 def test_noise_across_the_lines_is_told_from_noise_along_them() -> None:
     torch.manual_seed(0)
     noise = 0.3 * torch.randn(2, 2, *SIZE)
-    lines = epipolar_lines(stereo() + noise)
-    assert lines is not None
+    lines = everywhere(stereo() + noise)
     upright = lines.normal[:, 1].abs()
     assert upright.min() > 0.98
     assert (lines.normal[:, 1] * lines.distance[:, 0] - noise[:, 1]).abs().mean() < 0.08
@@ -35,8 +50,7 @@ def test_noise_across_the_lines_is_told_from_noise_along_them() -> None:
 
 def test_any_direction_of_the_baseline() -> None:
     flow = stereo().transpose(-1, -2).flip(1)  # one camera above the other
-    lines = epipolar_lines(flow)
-    assert lines is not None
+    lines = everywhere(flow)
     assert lines.normal[:, 0].abs().min() > 0.98
     assert lines.distance.abs().mean() < 0.05
 
@@ -44,8 +58,7 @@ def test_any_direction_of_the_baseline() -> None:
 def test_what_moves_is_left_alone() -> None:
     flow = stereo()
     flow[:, 1, 40:80, 60:120] += torch.tensor([6.0, -6.0]).view(2, 1, 1)
-    lines = epipolar_lines(flow)
-    assert lines is not None
+    lines = everywhere(flow)
     assert lines.trust[0, 0, 44:76, 64:116].max() < 0.01
     assert lines.trust[0, 0, 100:].min() > 0.9
 

@@ -15,7 +15,7 @@ instead of features. Zero start: an untrained net returns its input. Where no pe
 part is exactly zero. One main view and one peer at a time: memory grows with K only by what each view keeps.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,34 +142,34 @@ class AlignedRefinement(nn.Module):
     def clean(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Each view alone: [B, 3, H, W], quality [B] -> picture [B, 3, H, W], features [B, C, H/2, W/2]."""
         x = _halve(pictures)
-        features = self.look(torch.cat((2 * x - 1, _plane(quality, x)), dim=1))
+        features = self.look(_stack((2 * x - 1, _plane(quality, x)), x.dtype))
         return pictures + _restore(self.clean_out(features), pictures), features
 
     def fuse(self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer]) -> Fused:
         """Cleaned main views [B, 3, H, W] with their features and qualities [B], and their peers one by one."""
         cast = features.dtype
-        total = main.new_zeros(())
-        strongest, difference, feature = total, total, total
-        votes = []
+        votes: list[Tensor] = []
+        strongest, difference, feature = (main.new_zeros(()) for _ in range(3))
         for peer in peers:
             reliable = _halve(peer.consistency)  # [B, 4, H/2, W/2]
             apart = _halve(SCALE * peer.consistency * (peer.picture - main))
             qualities = _plane(torch.stack((peer.quality, quality), dim=1), apart)
-            x = self.pair(torch.cat((features, apart.to(cast), reliable.to(cast), qualities.to(cast)), dim=1))
+            x = self.pair(_stack((features, apart, reliable, qualities), cast))
             logit, says = self.pair_out(x).split((4, x.shape[1]), dim=1)
             # softmax over the main view (logit 0) and its peers; a peer's share falls with its consistency
             vote = reliable * logit.float().clamp(-10, 10).exp()
+            apart, says = apart * vote.repeat(1, 3, 1, 1), says * vote.mean(1, keepdim=True).to(cast)
+            first = not votes
+            difference, feature = (apart, says) if first else (difference + apart, feature + says)
+            strongest = reliable if first else torch.maximum(strongest, reliable)
             votes.append(vote)
-            total = total + vote
-            difference = difference + vote.repeat(1, 3, 1, 1) * apart
-            feature = feature + vote.mean(1, keepdim=True) * says
-            strongest = torch.maximum(strongest, reliable)
         if not votes:
             return Fused(main, main.new_zeros(len(main), 0, 1, *main.shape[-2:]))
-        share = total / (1 + total)
-        parts = (difference / (1 + total).repeat(1, 3, 1, 1), feature / (1 + total).mean(1, keepdim=True), share)
-        residual = self.head(torch.cat((features, *(x.to(cast) for x in parts)), dim=1))
-        shares = torch.stack([_full(vote / (1 + total), main) for vote in votes], dim=1)
+        total = sum(votes[1:], votes[0])
+        own = 1 / (1 + total)
+        means = (difference * own.repeat(1, 3, 1, 1), feature / (1 + total).mean(1, keepdim=True).to(cast), total * own)
+        residual = self.head(_stack((features, *means), cast))
+        shares = torch.stack([_full(vote * own, main) for vote in votes], dim=1)
         return Fused(main + _restore(strongest.repeat(1, 3, 1, 1) * residual, main), shares)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -202,9 +202,16 @@ def _zero(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def _stack(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Along channels. Channels last, all of them: convolutions of mixed maps take twice as long on a CPU."""
+    return torch.cat([x.to(dtype, memory_format=torch.channels_last) for x in parts], dim=1)
+
+
 def _halve(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 4 C, ceil(H/2), ceil(W/2)]"""
-    x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate")
+    right, below = x.shape[-1] % 2, x.shape[-2] % 2
+    if right or below:
+        x = F.pad(x, (0, right, 0, below), mode="replicate")
     return F.pixel_unshuffle(x, 2)
 
 

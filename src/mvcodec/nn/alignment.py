@@ -12,14 +12,16 @@ nothing (shifts beyond about a tenth of the width), at 0.8 s of one core per ord
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvcodec.nn.epipolar import Lines, epipolar_lines
+from mvcodec.nn.epipolar import Lines, Pull, epipolar_lines
 from mvcodec.nn.warping import pixel_grid, round_trip_error, sample
+from mvcodec.tiling import spans
 
 FINE = 3  # level (1 / 2^level of the size) where histograms hand over to grey values
 MAX_CELLS = 5000  # of the all-to-all match: 5000^2 floats are 100 MB
@@ -30,7 +32,9 @@ WARPS = {
     0: 1,
 }  # linearisations per level; the single one at full size is worth 15 % of the gain
 RELAXATIONS = 12
-BAND, HALO = 128, 20  # rows; the halo is what one linearisation reaches: 12 relaxations, filters, median
+CELLS = 1 << 16  # compared at once
+TILE, GPU_TILE = (128, 2048), (2048, 2048)  # rows, columns: of a size for the cache; few, for a GPU
+HALO = 20  # what one linearisation reaches: 12 relaxations, filters, median
 SMOOTHNESS = 4.0
 SHARP = 1  # level whose last linearisation, and those of finer levels, are drawn to the epipolar lines
 EPIPOLAR = 8.0  # how strongly, in the units of the products of gradients
@@ -226,11 +230,14 @@ def _fill(flow: Tensor, weight: Tensor) -> Tensor:
 
 def _propagate(descriptor: Tensor, flow: Tensor) -> Tensor:
     """Each cell tries the flows of cells 3, 2, 1 away, and steps around its own; the best match stays."""
-    other = descriptor.flip(0)
     grid = pixel_grid(flow.shape[-2], flow.shape[-1], flow)
+    here, there = (x.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for x in (descriptor, descriptor.flip(0)))
 
     def score(candidate: Tensor) -> Tensor:
-        return _mean((descriptor * sample(other, grid + candidate)).sum(1, keepdim=True))
+        # what `sample` does, with an index and a weight for all 72 channels together
+        corners = zip(here.split(CELLS), *(x.split(CELLS) for x in _corners(grid + candidate)), strict=True)
+        found = [(own * F.embedding_bag(i, there, per_sample_weights=w, mode="sum")).sum(1) for own, i, w in corners]
+        return _mean(torch.cat(found).view_as(candidate[:, :1]))
 
     best = score(flow)
     for reach, step in ((3, 1.0), (2, 1.0), (1, 0.5)):
@@ -241,90 +248,157 @@ def _propagate(descriptor: Tensor, flow: Tensor) -> Tensor:
     return _median(flow)
 
 
+def _corners(position: Tensor) -> tuple[Tensor, Tensor]:
+    """The four cells around each position [N, 2, h, w] and their bilinear weights, [N h w, 4] each."""
+    views, _, height, width = position.shape
+    x, y = position[:, 0].clamp(0, width - 1), position[:, 1].clamp(0, height - 1)
+    left, top = x.floor(), y.floor()
+    right_share, low_share = x - left, y - top
+    view = torch.arange(views, device=position.device).view(-1, 1, 1) * (height * width)
+    corner = view + top.long() * width + left.long()
+    right, below = (left < width - 1).long(), (top < height - 1).long() * width
+    index = torch.stack((corner, corner + right, corner + below, corner + below + right), -1)
+    low, high = torch.stack((1 - right_share, right_share), -1), torch.stack((1 - low_share, low_share), -1)
+    return index.view(-1, 4), (high[..., :, None] * low[..., None, :]).reshape(-1, 4)
+
+
 def _better(flow, best, candidate, score):  # type: ignore[no-untyped-def]
     new = score(candidate)
     return torch.where(new > best, candidate, flow), torch.maximum(new, best)
 
 
 def _improve(main: Tensor, side: Tensor, flow: Tensor, lines: Lines | None) -> Tensor:
-    """One linearisation, in bands of rows: they stay in the cache, and memory stays bounded."""
-    height = flow.shape[-2]
-    position = pixel_grid(flow.shape[-2], flow.shape[-1], flow) + flow
-    bands = []
-    for top in range(0, height, BAND):
-        first, last = max(top - HALO, 0), min(top + BAND + HALO, height)
-        rows = (..., slice(first, last), slice(None))
-        warped = sample(side, position[rows])
-        part = None if lines is None else Lines(*(x[rows] for x in lines))
-        bands.append(_solve(main[rows], warped, flow[rows], part)[..., top - first : top - first + BAND, :])
-    return torch.cat(bands, dim=-2)
+    """One linearisation, in tiles: they stay in the cache, and memory stays bounded."""
+    height, width = flow.shape[-2:]
+    down, across = TILE if flow.device.type == "cpu" else GPU_TILE
+    improved = torch.empty_like(flow)
+    for rows, columns in product(spans(height, down, HALO), spans(width, across, HALO)):
+        seen = (..., rows.seen, columns.seen)
+        part = flow[seen]
+        here = pixel_grid(part.shape[-2], part.shape[-1], part, rows.seen.start, columns.seen.start)
+        pull = None if lines is None else lines.at(part, rows.seen, columns.seen)
+        found = _solve(main[seen], sample(side, here + part), part, pull)
+        improved[..., rows.kept, columns.kept] = found[..., rows.inside, columns.inside]
+    return improved
 
 
-def _solve(main: Tensor, warped: Tensor, flow: Tensor, lines: Lines | None = None) -> Tensor:
+def _solve(main: Tensor, warped: Tensor, flow: Tensor, pull: Pull | None = None) -> Tensor:
     """One linearisation: min over d of d'S d + 2 b'd + smoothness |grad (flow + d)|, by Jacobi steps.
 
     S and b sum robust-weighted products of gradients over a window; the smoothness resembles total variation.
     """
-    dx, dy = (gradient(main)[k] / 2 + gradient(warped)[k] / 2 for k in (0, 1))
     dt = warped - main
-    trust = 1 / (dt * dt + ROBUST**2).sqrt()
-    products = torch.cat((dx * dx, dx * dy, dy * dy, dx * dt, dy * dt), 1) * trust
-    products = blur(blur(blur(products)), reach=2)
-    if lines is not None:  # one more equation per pixel: normal . d + distance = 0
-        nx, ny = lines.normal.chunk(2, 1)
-        pull = torch.cat((nx * nx, nx * ny, ny * ny, nx * lines.distance, ny * lines.distance), 1)
-        products = products + EPIPOLAR * lines.trust * pull
-    xx, xy, yy, xt, yt = products.chunk(5, 1)
+    trust = (dt * dt + ROBUST**2).rsqrt_()
+    both = warped + main
+    dx, dy = (side.mul_(1 / 4) for side in _differences(both))  # mean of both pictures' central differences
+    tx, ty = trust * dx, trust.mul_(dy)
+    products = torch.cat((tx * dx, tx * dy, ty * dy, tx.mul_(dt), ty.mul_(dt)), 1)
+    for dim in (-1, -2):  # blur, blur, and blur two pixels apart
+        for reach in (1, 1, 2):
+            products = _smear(products, dim, reach)
+    xx, xy, yy, xt, yt = products.mul_(4.0**-6).split(1, 1)
+    if pull is not None:  # one more equation per pixel: normal . d + distance = 0
+        nx, ny = pull.normal.split(1, 1)
+        weight = EPIPOLAR * pull.trust
+        along_x, along_y = weight * nx, weight * ny
+        for total, a, b in (
+            (xx, along_x, nx),
+            (xy, along_x, ny),
+            (yy, along_y, ny),
+            (xt, along_x, pull.distance),
+            (yt, along_y, pull.distance),
+        ):
+            total.addcmul_(a, b)
 
-    fx, fy = gradient(flow)
-    smooth = 1 / ((fx * fx + fy * fy).sum(1, keepdim=True) + 0.01).sqrt()  # low across motion edges
-    pull = 2 * SMOOTHNESS * smooth
-    a, c = xx + pull, yy + pull
-    scale = pull / (a * c - xy * xy)
-    total = _mean(smooth)
-    along_u, along_v = (xy * yt - c * xt) / pull, (xy * xt - a * yt) / pull
-    new = flow
+    fx, fy = _differences(flow)
+    steep = fx.square_().add_(fy.square_()).sum(1, keepdim=True)
+    smooth = steep.mul_(1 / 4).add_(0.01).rsqrt_()  # low across motion edges
+    pull_back = smooth * (2 * SMOOTHNESS)
+    xx += pull_back
+    yy += pull_back
+    # With m the neighbours' mean of the new flow, weighed by `smooth`, and f the old flow, a step is
+    #     new = f + clamp(P (m - f) - Q, +-2),     P = pull_back / D (yy -xy; -xy xx),     D = xx yy - xy xy.
+    # All of it is multiplied by `smooth` beforehand, so that a step is two sums over neighbours and two products.
+    weight = smooth / (xx * yy).addcmul_(xy, xy, value=-1)
+    gain = torch.cat((yy, xx), 1) * (weight * pull_back)
+    cross = xy * (weight * pull_back)
+    start = flow * smooth
+    rest = torch.cat(((xy * yt).addcmul_(yy, xt, value=-1), (xy * xt).addcmul_(xx, yt, value=-1)), 1).mul_(weight)
+    rest.add_(start).addcmul_(gain, flow, value=-1).addcmul_(cross, flow.flip(1))
+    around = _around(smooth).reciprocal_()
+    gain, cross = gain.mul_(around), cross.mul_(around)
+    lowest, highest = start - 2 * smooth, start + 2 * smooth
+    weighted = start
     for _ in range(RELAXATIONS):
-        u, v = (_mean(new * smooth) / total - flow).chunk(2, 1)
-        step = torch.cat((c * u - xy * v + along_u, a * v - xy * u + along_v), 1) * scale
-        new = flow + step.clamp(-2, 2)
-    return _median(new)
+        neighbours = _around(weighted)
+        weighted = torch.addcmul(rest, gain, neighbours).addcmul_(cross, neighbours.flip(1), value=-1)
+        weighted = torch.clamp(weighted, lowest, highest, out=weighted)
+    return _median(weighted.div_(smooth))
 
 
-# --- small filters: slices, many times faster than pooling or depthwise convolution on CPU ---
+# --- small filters: slices, many times faster than pooling or depthwise convolution on CPU; the border is repeated ---
+
+
+def _pairs(x: Tensor, dim: int, reach: int, sign: int) -> Tensor:
+    """x[i + reach] + sign x[i - reach]."""
+    length = x.shape[dim]
+    inner = length - 2 * reach
+    if inner <= 0:
+        before, _, after = _shifts(x, dim, reach)
+        return after + before if sign > 0 else after - before
+    out = torch.empty_like(x)
+    for place, after, before in (
+        (out.narrow(dim, reach, inner), x.narrow(dim, 2 * reach, inner), x.narrow(dim, 0, inner)),
+        (out.narrow(dim, 0, reach), x.narrow(dim, reach, reach), x.narrow(dim, 0, 1)),
+        (out.narrow(dim, length - reach, reach), x.narrow(dim, length - 1, 1), x.narrow(dim, inner, reach)),
+    ):
+        torch.add(after, before, alpha=sign, out=place)
+    return out
+
+
+def _smear(x: Tensor, dim: int, reach: int = 1) -> Tensor:
+    """[1 2 1], `reach` pixels apart."""
+    return _pairs(x, dim, reach, 1).add_(x, alpha=2)
+
+
+def _around(x: Tensor) -> Tensor:
+    """Sum over 3x3."""
+    for dim in (-1, -2):
+        x = _pairs(x, dim, 1, 1).add_(x)
+    return x
+
+
+def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x[i + 1] - x[i - 1] along rows and along columns."""
+    return _pairs(x, -1, 1, -1), _pairs(x, -2, 1, -1)
 
 
 def _shifts(x: Tensor, dim: int, reach: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x[i - reach], x[i], x[i + reach] along the last (-1) or last but one (-2) dimension, border repeated."""
+    """Return x[i - reach], x[i], x[i + reach] along the last (-1) or last but one (-2) dimension."""
     padded = F.pad(x, (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach), mode="replicate")
     return padded.narrow(dim, 0, x.shape[dim]), x, padded.narrow(dim, 2 * reach, x.shape[dim])
 
 
 def _mean(x: Tensor) -> Tensor:
     """3x3 mean."""
-    for dim in (-1, -2):
-        before, here, after = _shifts(x, dim)
-        x = (before + here + after) / 3
-    return x
+    return _around(x).mul_(1 / 9)
 
 
-def blur(x: Tensor, reach: int = 1) -> Tensor:
-    """[1 2 1] / 4 both ways, `reach` pixels apart."""
-    for dim in (-1, -2):
-        before, here, after = _shifts(x, dim, reach)
-        x = (before + after) / 4 + here / 2
-    return x
+def blur(x: Tensor) -> Tensor:
+    """[1 2 1] / 4 both ways."""
+    return _smear(_smear(x, -1), -2).mul_(1 / 16)
 
 
 def _median(x: Tensor) -> Tensor:
     """Median of three along rows, then along columns."""
     for dim in (-1, -2):
         before, here, after = _shifts(x, dim)
-        x = torch.maximum(torch.minimum(before, here), torch.minimum(torch.maximum(before, here), after))
+        low, high = torch.minimum(before, here), torch.maximum(before, here)
+        x = torch.minimum(high, after, out=high).maximum(low)
     return x
 
 
 def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
     """Central differences d/dx, d/dy."""
-    (left, _, right), (up, _, down) = _shifts(x, -1), _shifts(x, -2)
-    return (right - left) / 2, (down - up) / 2
+    along, down = _differences(x)
+    return along.div_(2), down.div_(2)

@@ -23,16 +23,38 @@ BEND = 2  # points: what bends lines is smooth over about so many either way, an
 FEWEST = 50  # points, for nine numbers
 
 
-class Lines(NamedTuple):
-    """Where the targets of a flow [2, 2, H, W] (a -> b, b -> a) lie from their epipolar lines."""
+class Pull(NamedTuple):
+    """Where the targets of a flow [2, 2, h, w] (a -> b, b -> a) lie from their epipolar lines."""
 
-    normal: Tensor  # [2, 2, H, W], unit length
-    distance: Tensor  # [2, 1, H, W] pixels along the normal
-    trust: Tensor  # [2, 1, H, W] in [0, 1]
+    normal: Tensor  # [2, 2, h, w], unit length
+    distance: Tensor  # [2, 1, h, w] pixels along the normal
+    trust: Tensor  # [2, 1, h, w] in [0, 1]
+
+
+class Lines(NamedTuple):
+    """A pixel's line in the other view: normal . flow + offset = 0. Both are smooth, so few points are enough."""
+
+    points: Tensor  # [2, 3, H / SPACING, W / SPACING]: normal, offset
+
+    def at(self, flow: Tensor, rows: slice, columns: slice) -> Pull:
+        """For a tile of the flow."""
+        # one point more on either side, to interpolate between
+        near = [slice(max(part.start // SPACING - 1, 0), -(-part.stop // SPACING) + 1) for part in (rows, columns)]
+        smooth = F.interpolate(
+            self.points[..., near[0], near[1]], scale_factor=SPACING, mode="bilinear", align_corners=False
+        )
+        top, left = rows.start - SPACING * near[0].start, columns.start - SPACING * near[1].start
+        smooth = smooth[..., top : top + flow.shape[-2], left : left + flow.shape[-1]]
+        normal = smooth[:, :2]
+        distance = (normal * flow).sum(1, keepdim=True).add_(smooth[:, 2:])
+        return Pull(normal, distance, (distance / MOVING).square_().neg_().exp_())
 
 
 def epipolar_lines(flow: Tensor) -> Lines | None:
-    """Lines of a pair of views from its flow both ways; None if there is too little to find them by."""
+    """Lines of a pair of views from its flow [2, 2, H, W] (a -> b, b -> a); None if there is too little to go by.
+
+    H and W are multiples of SPACING.
+    """
     height, width = flow.shape[-2:]
     first = SPACING // 2 - 1  # points stand in the middle of cells, between pixels, as `interpolate` has it
     thin = F.avg_pool2d(flow[..., first:, first:], 2, SPACING)
@@ -53,16 +75,12 @@ def epipolar_lines(flow: Tensor) -> Lines | None:
     line = torch.stack((start[0] @ matrix.T, start[1] @ matrix)).mT.unflatten(-1, thin.shape[-2:]).to(flow)
     length = line[:, :2].norm(dim=1, keepdim=True).clamp_min(1e-6)
     normal = line[:, :2] / length
-    # distance = normal . flow + offset; both are smooth, so few points are enough
     offset = (normal * (here - limit / 2)).sum(1, keepdim=True) + scale * line[:, 2:] / length
     distance = (normal * thin).sum(1, keepdim=True) + offset
     still = weight * torch.exp(-((distance / (MOVING / 2)) ** 2))
     bent = _wide(torch.cat((still * distance, still), 1))
     offset = offset - bent[:, :1] / (bent[:, 1:] + 0.02)
-    smooth = F.interpolate(torch.cat((normal, offset), 1), size=(height, width), mode="bilinear", align_corners=False)
-    normal = smooth[:, :2]
-    distance = (normal * flow).sum(1, keepdim=True) + smooth[:, 2:]
-    return Lines(normal, distance, torch.exp(-((distance / MOVING) ** 2)))
+    return Lines(torch.cat((normal, offset), 1))
 
 
 def _homogeneous(points: Tensor) -> Tensor:
