@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mvcodec import codec
 from mvcodec.codec import decode_set, encode_image
 from mvcodec.container import Stream, pack, unpack
 from mvcodec.errors import DesyncError, ModelError, UsageError
 from mvcodec.images import Image
-from mvcodec.latents import decode_latents, encode_latents, snap
+from mvcodec.latents import decode_intact, decode_latents, encode_latents, snap
 from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.weights import export_model, load_model
 from tests.conftest import smooth_picture
@@ -35,6 +36,37 @@ def test_decoder_recovers_the_encoders_latents_exactly(tiny_model):
     assert (decoded * 64 == (decoded * 64).round()).all()  # on the grid
     coded = snap(torch.zeros(()), torch.zeros(()), tiny_model.sigma_thresholds)[1]  # sigma 1 is coded, not skipped
     assert coded > 0
+
+
+def test_one_walk_for_many_views_decodes_what_one_for_each_does(tiny_model):
+    """Each at its own quality; one that cannot be decoded, and one that is cut, leave the others as they are."""
+    whole = [encoded(tiny_model, 70, 100, seed=k, quality=20 + 30 * k) for k in range(3)]
+    streams = [unpack(file) for file in whole]
+    streams.append(dataclasses.replace(streams[0], slices=tuple(reversed(streams[0].slices))))  # not its integers
+    streams.append(unpack(whole[1][:-40], partial=True))
+    with torch.inference_mode():
+        together = decode_intact(tiny_model, streams)
+        alone = [decode_intact(tiny_model, [stream])[0] for stream in streams]
+    assert isinstance(together[3], DesyncError)
+    assert str(together[3]) == str(alone[3])
+    for one, other in zip(together[:3] + together[4:], alone[:3] + alone[4:], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert one[1] == other[1]
+
+
+def test_decoding_in_one_walk_is_what_a_gpu_does(tiny_model, monkeypatch):
+    files = [
+        encoded(tiny_model, *size, seed=k, camera_id=str(k)) for k, size in enumerate([(70, 100), (30, 40), (66, 90)])
+    ]
+    alone = decode_set(tiny_model, files)
+    walks = []
+    monkeypatch.setattr(codec, "pixels_in_a_walk", lambda *_: 1_000_000)
+    monkeypatch.setattr(
+        codec, "decode_intact", lambda model, views: walks.append(len(views)) or decode_intact(model, views)
+    )
+    for one, other in zip(decode_set(tiny_model, files), alone, strict=True):
+        assert np.array_equal(one.pixels, other.pixels)
+    assert walks == [2, 1]
 
 
 def test_quality_buys_fidelity_with_bytes(tiny_model):

@@ -11,7 +11,7 @@ import torch
 
 from mvcodec.codec import decode_set
 from mvcodec.container import Stream, describe, unpack
-from mvcodec.errors import BitstreamError, DesyncError
+from mvcodec.errors import BitstreamError, DesyncError, MvcodecError
 from mvcodec.latents import decode_intact, decode_latents
 from tests.golden.make import (
     FACTS,
@@ -62,7 +62,10 @@ def flipped(position: int, pattern: bytes) -> bytes:
 
 def decoded(model, stream: Stream) -> tuple[torch.Tensor, Stream]:
     with torch.inference_mode():
-        return decode_intact(model, stream)
+        (found,) = decode_intact(model, [stream])
+    if isinstance(found, MvcodecError):
+        raise found
+    return found
 
 
 class Salvage:

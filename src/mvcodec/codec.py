@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.images import Image
-from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents
+from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, same_size
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
-from mvcodec.tiling import pixels_at_once, tiled
+from mvcodec.tiling import pixels_at_once, pixels_in_a_walk, tiled
 from mvcodec.weights import Model
 
 OnFailure = Callable[[Header, MvcodecError], None]
@@ -154,15 +154,18 @@ def decode_set(
             s.slices[0].anchor if s.slices else b"",
         )
     )
+    results: dict[int, tuple[Tensor, Stream] | MvcodecError] = {}
+    for group in same_size(streams, pixels_in_a_walk(model.device.type, max_memory)):
+        results |= zip(group, decode_intact(model, [streams[k] for k in group]), strict=True)
     decoded: list[tuple[Tensor, Stream]] = []
-    for stream in streams:
-        try:
-            y_hat, used = decode_intact(model, stream)
-            decoded.append((y_hat.float(), used))
-        except MvcodecError as error:
-            if on_failure is None:
-                raise
-            on_failure(stream.header, error)
+    for k, stream in enumerate(streams):
+        result = results[k]
+        if not isinstance(result, MvcodecError):
+            decoded.append((result[0].float(), result[1]))
+        elif on_failure is None:
+            raise result
+        else:
+            on_failure(stream.header, result)
     if not decoded:
         return []
     streams = [stream for _, stream in decoded]
@@ -218,12 +221,14 @@ def reconstruct(
         views = [scaled[k] for k in group]
         views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in views]
         together = net.refinement if joint and refine and len(group) > 1 else None
-        pictures = _synthesise(
-            model, torch.cat(views), basis[group], qualities[group], joint, together is not None, max_memory
-        )
+        pixels = LATENT_STRIDE**2 * height * width
+        most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, aligned=together is not None)
+        # On a CPU a batch is no faster than its views one by one, which stay in the cache.
+        most = min(most, pixels) if model.device.type == "cpu" else most
+        pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
         if together is not None:
             with _autocast(model):
-                refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps)
+                refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps, most=most)
             pictures, shares = refined.pictures, refined[1:]
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = picture[:, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
@@ -236,17 +241,14 @@ def _of_one_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def _synthesise(
-    model: Model, y: Tensor, basis: Tensor, qualities: Tensor, joint: bool, together: bool, max_memory: int | None
+    model: Model, y: Tensor, basis: Tensor, qualities: Tensor, joint: bool, clean: bool, most: int
 ) -> Tensor:
-    """y [K, M, h, w], gain undone -> pictures [K, 3, 16 h, 16 w] in [0, 1].
+    """y [K, M, h, w], gain undone -> pictures [K, 3, 16 h, 16 w] in [0, 1], at most so many pixels at a time.
 
-    together: the aligned refinement follows, which cleans the pictures itself.
+    clean: by the refinement, each view alone. The aligned refinement cleans pictures itself.
     """
-    net, views = model.net, len(y)
+    net = model.net
     pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
-    most = pixels_at_once(net.config.transform, pixels, views, max_memory, aligned=together)
-    # On a CPU a batch is no faster than its views one by one, which stay in the cache.
-    most = min(most, pixels) if model.device.type == "cpu" else most
 
     def in_tiles(stage: nn.Module, x: Tensor, quality: Tensor) -> Tensor:
         area = x.shape[2] * x.shape[3]
@@ -255,10 +257,10 @@ def _synthesise(
     with _autocast(model):
         pictures = net.para_jd(y[None], basis[None], joint, model.fuses, in_tiles)[0].float().clamp_(0, 1)
         refinement = net.refinement
-        if refinement is None or together:
+        if refinement is None or not clean:
             return pictures
-        clean = tiled(refinement, lambda part, views: refinement.clean(part, qualities[views])[0], pictures, most)
-    return clean.float().clamp_(0, 1)
+        cleaned = tiled(refinement, lambda part, views: refinement.clean(part, qualities[views])[0], pictures, most)
+    return cleaned.float().clamp_(0, 1)
 
 
 def check_model(model: Model, header: Header) -> None:

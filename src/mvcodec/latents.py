@@ -8,6 +8,8 @@ Everything up to there is exact arithmetic (exact/), the same on every machine. 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvcodec import entropy
-from mvcodec.container import Damage, Slice, Stream, integer_check
+from mvcodec.container import Damage, Header, Slice, Stream, integer_check
 from mvcodec.entropy.tables import MAX_SYMBOL
-from mvcodec.errors import BitstreamError, DesyncError, ModelError
+from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
 from mvcodec.exact.conv import strict
-from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
@@ -49,24 +51,30 @@ def quantised(y: Tensor, mu: Tensor, index: Tensor) -> Tensor:
     return torch.where(index == 0, 0.0, (y - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL))
 
 
-def walk(model: Model, z_hat: Tensor, t: float, code: CodeStep) -> Tensor:
-    """z_hat [B, N, h, w] integers, quality t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
+def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep) -> Tensor:
+    """z_hat [B, N, h, w] integers, qualities t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
     net = model.net
+    qualities = [t] * len(z_hat) if isinstance(t, int | float) else t
     with torch.autocast(z_hat.device.type, enabled=False), strict():
         hyper = net.h_s(z_hat.double())
-        ln_gain = torch.full((z_hat.shape[0],), exact_log_gain(t), dtype=torch.float64, device=z_hat.device)
+        ln_gain = torch.tensor([exact_log_gain(q) for q in qualities], dtype=torch.float64, device=z_hat.device)
         y_hat: Tensor = net.para_em(hyper, ln_gain, code)
     return y_hat
 
 
-def slice_check(y_hat: Tensor) -> int:
-    """16-bit check of a slice [1, C, h, w]."""
-    return integer_check(integer_bytes(y_hat))
+def slice_checks(model: Model, y_hat: Tensor) -> list[int]:
+    """16-bit checks of the slices of one view [1, M, h, w]."""
+    integers = _sixty_fourths(y_hat)
+    return [integer_check(part.tobytes()) for part in np.split(integers, model.net.config.slices, axis=1)]
 
 
 def integer_bytes(y_hat: Tensor) -> bytes:
     """y_hat in units of 1/64: little-endian int32 in C order."""
-    return (y_hat * MU_GRID).to(torch.int32).cpu().numpy().astype("<i4").tobytes()
+    return _sixty_fourths(y_hat).tobytes()
+
+
+def _sixty_fourths(y_hat: Tensor) -> NDArray[np.int32]:
+    return (y_hat * MU_GRID).to(torch.int32).cpu().numpy().astype("<i4", copy=False)
 
 
 class EncodedLatents(NamedTuple):
@@ -85,21 +93,56 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
     z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
     hyper = entropy.encode(_integers(z_hat), _hyper_index(z_hat.shape), model.hyper)
     halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]
-    sections: list[bytes] = []
+    sections: list[Future[bytes]] = []
     estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
 
-    def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
-        mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-        symbols = quantised(halves[step], mu, index)
-        sections.append(entropy.encode(_integers(symbols), _integers(index), model.gaussian))
-        if estimate:
-            estimates.append(gaussian_bits(symbols, ln_sigma).item())
-        return symbols + mu
+    with ThreadPoolExecutor(max_workers=1) as coder:  # beside the network, which knows the next values already
 
-    y_hat = walk(model, z_hat, t, code)
-    checks = [slice_check(part) for part in y_hat.chunk(model.net.config.slices, dim=1)]
-    slices = tuple(Slice(sections[2 * i], sections[2 * i + 1], check) for i, check in enumerate(checks))
+        def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
+            mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
+            symbols = quantised(halves[step], mu, index)
+            sections.append(coder.submit(_encode_section, _Fetched(symbols, index), model))
+            if estimate:
+                estimates.append(gaussian_bits(symbols, ln_sigma).item())
+            return symbols + mu
+
+        y_hat = walk(model, z_hat, t, code)
+        checks = slice_checks(model, y_hat)
+        done = finish(sections)
+    slices = tuple(Slice(done[2 * i], done[2 * i + 1], check) for i, check in enumerate(checks))
     return EncodedLatents(hyper, slices, y_hat, sum(estimates))
+
+
+class _Fetched:
+    """Integers on their way from the device, which goes on working."""
+
+    def __init__(self, *values: Tensor) -> None:
+        packed = torch.stack([x.to(torch.int32) for x in values])
+        self.arrived: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self.values = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
+            self.values.copy_(packed, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.values = packed
+
+    def wait(self) -> NDArray[np.int32]:
+        """[values, ...]"""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        found: NDArray[np.int32] = self.values.numpy()
+        return found
+
+
+def _encode_section(fetched: _Fetched, model: Model) -> bytes:
+    symbols, index = fetched.wait()
+    return entropy.encode(symbols.ravel(), index.ravel(), model.gaussian)
+
+
+def finish(sections: list[Future[bytes]]) -> list[bytes]:
+    """Wait for what the coder still has to do."""
+    return [section.result() for section in sections]
 
 
 def decode_latents(model: Model, stream: Stream) -> Tensor:
@@ -108,65 +151,119 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
     Slices that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
     that no encoder writes, DesyncError where the integers are not those that were encoded.
     """
-    config, header = model.net.config, stream.header
-    height, width = (-(-side // HYPER_STRIDE) for side in (header.height, header.width))
-    shape = (1, config.hyper_channels, height, width)
-    symbols = entropy.decode(stream.hyper, _hyper_index(shape), model.hyper)
-    z_hat = torch.from_numpy(symbols.reshape(shape)).to(model.device)
-    payloads: list[bytes | None] = []
-    for part in stream.slices:
-        payloads += [part.anchor, part.non_anchor]
-    missing = 2 * config.slices - len(payloads)
-    if missing < 0 or (missing and stream.damage is None):
-        raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
-    payloads += [None] * missing
-    halves: list[Tensor] = []
+    (found,) = decode_together(model, [stream])
+    if isinstance(found, MvcodecError):
+        raise found
+    return found
 
-    def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
-        mu, index = snap(mu, ln_sigma, model.sigma_thresholds)
-        payload = payloads[step]
-        if payload is None:
-            halves.append(mu)
-            return mu
+
+def same_size(streams: Sequence[Stream], most: int) -> list[list[int]]:
+    """Places of views that may be decoded together, of at most so many pixels."""
+    sizes = [tuple(-(-side // HYPER_STRIDE) for side in _sides(stream.header)) for stream in streams]
+    groups: list[list[int]] = []
+    for size in dict.fromkeys(sizes):
+        places = [k for k, other in enumerate(sizes) if other == size]
+        many = max(1, most // (size[0] * size[1] * HYPER_STRIDE**2))
+        groups += [places[k : k + many] for k in range(0, len(places), many)]
+    return groups
+
+
+def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:
+    """`decode_latents` of views of one size in one walk: of each its y_hat, or what is wrong with it.
+
+    A GPU is then as busy with all as with one, and their sections are decoded in threads. What one view holds changes
+    no integer of another.
+    """
+    found: dict[int, Tensor | MvcodecError] = {}
+    opened: list[_Opened] = []
+    for place, stream in enumerate(streams):
         try:
-            values = entropy.decode(payload, _integers(index), model.gaussian)
+            opened.append(_Opened(model, stream, place))
+        except BitstreamError as error:
+            found[place] = error
+    if not opened:
+        return list(found.values())
+    with ThreadPoolExecutor(max_workers=len(opened)) as coders:
+
+        def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
+            mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
+            tables = index.to(torch.int32).cpu().numpy()
+            return decode_sections(opened, step, tables, coders).to(mu.device) + mu
+
+        z_hat = torch.from_numpy(np.concatenate([view.z_hat for view in opened])).to(model.device)
+        y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)
+    for view, decoded in zip(opened, y_hat.split(1), strict=True):
+        found[view.place] = view.verified(decoded)
+    return [found[place] for place in range(len(streams))]
+
+
+def decode_sections(opened: Sequence[_Opened], step: int, tables: NDArray[np.int32], coders: Executor) -> Tensor:
+    """The symbols of one step of all views [B, C, h, w], from the tables of each: beside one another."""
+    run = map if len(opened) == 1 else coders.map
+    return torch.from_numpy(np.stack(list(run(lambda view, table: view.section(step, table), opened, tables))))
+
+
+class _Opened:
+    """One of several views that are decoded together, and the first thing found to be wrong with it."""
+
+    def __init__(self, model: Model, stream: Stream, place: int) -> None:
+        self.model, self.stream, self.place = model, stream, place
+        config = model.net.config
+        shape = (1, config.hyper_channels, *(-(-side // HYPER_STRIDE) for side in _sides(stream.header)))
+        self.z_hat = entropy.decode(stream.hyper, _hyper_index(shape), model.hyper).reshape(shape)
+        self.payloads: list[bytes | None] = []
+        for part in stream.slices:
+            self.payloads += [part.anchor, part.non_anchor]
+        missing = 2 * config.slices - len(self.payloads)
+        if missing < 0 or (missing and stream.damage is None):
+            raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
+        self.payloads += [None] * missing
+        self.wrong: _WrongIntegers | None = None
+
+    def section(self, step: int, table: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The symbols of a step, shaped as `table`; zeros for what is lost or not to be believed: mu then stands."""
+        payload = self.payloads[step]
+        if payload is None or self.wrong is not None:
+            return np.zeros_like(table)
+        try:
+            return entropy.decode(payload, table.ravel(), self.model.gaussian).reshape(table.shape)
         except BitstreamError as error:
             # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
-            sentence = f"{error}; its parameters differ from the encoder's"
-            raise _WrongIntegers(step // 2, sentence) from error
-        halves.append(torch.from_numpy(values).to(model.device).reshape(mu.shape) + mu)
-        if step % 2:
-            _verify(step // 2)
-        return halves[-1]
+            self.wrong = _WrongIntegers(step // 2, f"{error}; its parameters differ from the encoder's")
+            return np.zeros_like(table)
 
-    def _verify(i: int) -> None:
-        found, wanted = slice_check(merge(*halves[-2:])), stream.slices[i].check
-        if found != wanted:
-            sentence = f"decoded integers have check {found:#06x}, the encoder's had {wanted:#06x}"
-            raise _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
-
-    return walk(model, z_hat, header.quality / 100, code)
+    def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
+        """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
+        checks = slice_checks(self.model, y_hat)
+        whole = len(self.stream.slices) if self.wrong is None else self.wrong.slice
+        for i, (found, part) in enumerate(zip(checks[:whole], self.stream.slices, strict=False)):
+            if part.non_anchor is not None and found != part.check:
+                sentence = f"decoded integers have check {found:#06x}, the encoder's had {part.check:#06x}"
+                return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
+        return self.wrong or y_hat
 
 
-def decode_intact(model: Model, stream: Stream) -> tuple[Tensor, Stream]:
-    """`decode_latents` for files that may be damaged -> y_hat and the stream that it really stands for.
+def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Tensor, Stream] | MvcodecError]:
+    """`decode_together` for files that may be damaged -> each one's y_hat and the stream that it really stands for.
 
     A section's CRC-8 misses one random damage in 256. The check of the decoded integers then finds it, and the file
     is cut before that slice, as if its CRC had been wrong; `damage` says so. Where already slice 0 fails, the
     hyper-latent may be what is damaged: nothing is certain any more, and the file is refused with BitstreamError.
     A file that was read as intact is never cut: its wrong integers are a DesyncError.
     """
-    while True:
-        try:
-            return decode_latents(model, stream), stream
-        except _WrongIntegers as error:
-            if stream.damage is None:
-                raise
-            if error.slice == 0:
-                raise BitstreamError(f"hyper-latent or first slice is corrupt ({error})") from error
-            lost = [f"slice {i} {half}" for i in range(error.slice, model.net.config.slices) for half in HALVES]
-            damage = Damage(f"wrong integers in slice {error.slice}: corrupt", stream.damage.offset, tuple(lost))
-            stream = replace(stream, slices=stream.slices[: error.slice], damage=damage)
+    results: list[tuple[Tensor, Stream] | MvcodecError] = []
+    for stream, first in zip(streams, decode_together(model, streams), strict=True):
+        kept, found = stream, first
+        while isinstance(found, _WrongIntegers) and kept.damage is not None:
+            if found.slice == 0:
+                found = BitstreamError(f"hyper-latent or first slice is corrupt ({found})")
+                break
+            lost = [f"slice {i} {half}" for i in range(found.slice, model.net.config.slices) for half in HALVES]
+            damage = Damage(f"wrong integers in slice {found.slice}: corrupt", kept.damage.offset, tuple(lost))
+            kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
+            (found,) = decode_together(model, [kept])
+        results.append(found if isinstance(found, MvcodecError) else (found, kept))
+    return results
 
 
 class _WrongIntegers(DesyncError):
@@ -175,6 +272,10 @@ class _WrongIntegers(DesyncError):
     def __init__(self, index: int, sentence: str) -> None:
         super().__init__(f"slice {index}: {sentence}")
         self.slice = index
+
+
+def _sides(header: Header) -> tuple[int, int]:
+    return header.height, header.width
 
 
 def _integers(values: Tensor) -> NDArray[np.int32]:

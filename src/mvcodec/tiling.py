@@ -58,6 +58,13 @@ def pixels_at_once(transform: str, pixels: int, views: int, max_memory: int | No
     return (max_memory - held) // WORKING[transform]
 
 
+def pixels_in_a_walk(device: str, max_memory: int | None) -> int:
+    """How many pixels of views may go through the entropy path together; a single view always may."""
+    if device == "cpu":
+        return 0  # alone: on a processor a batch takes as long as its views, and its maps leave the cache
+    return USUAL if max_memory is None else max(0, max_memory - PROGRAM) // (2 * HELD)
+
+
 class Footprint(NamedTuple):
     """How far a stage sees, and on which grid it works, both in positions of its input."""
 

@@ -12,10 +12,13 @@
 
 PMIFM's principle (ParaHydra Eq. 14-16: reliability, softmax over sources, fusion) applied to aligned pixels
 instead of features. Zero start: an untrained net returns its input. Where no peer is consistent, the peers'
-part is exactly zero. One main view and one peer at a time: memory grows with K only by what each view keeps.
+part is exactly zero. One main view and one peer at a time: memory grows with K only by what each view keeps. Large
+views go through the nets in tiles; then all peers of one view are warped first.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvcodec.nn.alignment import Sight, sights
-from mvcodec.nn.warping import warp
+from mvcodec.nn.warping import bands, warp
+from mvcodec.tiling import Span, spans, tiled
 
 SCALE = 16.0  # coding errors are about 1/50 of the range: brings them near 1 inside the net
 MAX_COARSER = 0.5  # a peer of lower quality by more shows nothing new: one view at 80 beside others at 15 lost 0.1 dB
+REACH = 16  # pixels: eight 3x3 convolutions at half resolution
 MIN_OVERLAP = 0.02  # mean consistency below which a pair is taken for two different places
 
 
@@ -96,17 +101,19 @@ class AlignedRefinement(nn.Module):
         peers: bool = True,
         max_peers: int | None = None,
         maps: bool = False,
+        most: int | None = None,
     ) -> RefinedViews:
         """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1], for use; training calls the parts.
 
-        max_peers: each view is helped by its most consistent peers only.
+        max_peers: each view is helped by its most consistent peers only. most: so many pixels go through the nets at a
+        time; views of more than that have even sides.
         """
         views, _, height, width = pictures.shape
         refined = torch.empty_like(pictures, dtype=torch.float32)
         features = []
         for i in range(views):
-            cleaned, feature = self.clean(pictures[i : i + 1], quality[i : i + 1])
-            refined[i] = cleaned[0].clamp(0, 1)
+            cleaned, feature = self._clean_in_tiles(pictures[i : i + 1], quality[i : i + 1], most)
+            torch.clamp(cleaned[0], 0, 1, out=refined[i])
             features.append(feature)
         weights = torch.eye(views)
         drawn = torch.zeros(views, views, height, width, dtype=torch.uint8) if maps else None
@@ -117,18 +124,46 @@ class AlignedRefinement(nn.Module):
                 overlap = sight.consistency.mean((1, 2, 3)) >= MIN_OVERLAP
                 able = [float(quality[j]) >= float(quality[i]) - MAX_COARSER for j in sight.peers]
                 kept = [n for n in range(len(sight.peers)) if overlap[n] and able[n]]
-                seen = self._see(cleaned, sight, i, kept, quality)
-                picture, shares = self.fuse(cleaned[i : i + 1], features[i], quality[i : i + 1], seen)
-                refined[i] = picture[0].clamp(0, 1)
                 chosen = [sight.peers[n] for n in kept]
-                weights[i, chosen] = shares[0].float().mean((1, 2, 3)).cpu()
+                seen = self._see(cleaned, sight, i, kept, quality)
+                given = torch.zeros(len(chosen), dtype=torch.float64)
+                tiles = self._fuse_in_tiles(cleaned[i : i + 1], features[i], quality[i : i + 1], seen, most)
+                for rows, columns, fused in tiles:
+                    place, inside = (..., rows.kept, columns.kept), (..., rows.inside, columns.inside)
+                    refined[i][place] = fused.pictures[0][inside].clamp_(0, 1)
+                    shares = fused.shares[0, :, 0][inside].float()
+                    given += shares.sum((1, 2)).cpu()
+                    if drawn is not None:
+                        every = torch.cat((shares, 1 - shares.sum(0, keepdim=True)))
+                        drawn[i, [*chosen, i], rows.kept, columns.kept] = (255 * every).round().byte().cpu()
+                weights[i, chosen] = (given / (height * width)).float()
                 weights[i, i] = 1 - weights[i, chosen].sum()
-                if drawn is not None:
-                    drawn[i, chosen] = (255 * shares[0, :, 0].float()).round().byte().cpu()
-                    drawn[i, i] = (255 * (1 - shares[0, :, 0].float().sum(0))).round().byte().cpu()
         elif drawn is not None:
             drawn[range(views), range(views)] = 255
         return RefinedViews(refined, weights, drawn)
+
+    def _clean_in_tiles(self, picture: Tensor, quality: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+        """`clean` of one view, at most so many pixels at a time."""
+        if most is None or picture[0, 0].numel() <= most:
+            return self.clean(picture, quality)
+        features = tiled(self, lambda x, _: self._features(x, quality), picture, most)
+        residual = tiled(self, lambda x, _: self.clean_out(x), features, max(most // 4, 1))
+        return picture + _restore(residual, picture), features
+
+    def _fuse_in_tiles(
+        self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer], most: int | None
+    ) -> Iterator[tuple[Span, Span, Fused]]:
+        """`fuse` of one view, at most so many pixels at a time: what is `inside` the spans is as in one piece."""
+        height, width = main.shape[-2:]
+        whole = most is None or height * width <= most
+        side = max(height, width) if whole else max(math.isqrt(most or 0) - 2 * REACH, REACH) // 2 * 2
+        grid = list(product(spans(height, side, REACH), spans(width, side, REACH)))
+        peers = list(peers) if len(grid) > 1 else peers
+        for rows, columns in grid:
+            seen = (..., rows.seen, columns.seen)
+            down, across = (slice(span.seen.start // 2, -(-span.seen.stop // 2)) for span in (rows, columns))
+            parts = (Peer(peer.picture[seen], peer.consistency[seen], peer.quality) for peer in peers)
+            yield rows, columns, self.fuse(main[seen], features[..., down, across], quality, parts)
 
     def _see(self, pictures: Tensor, sight: Sight, view: int, kept: list[int], quality: Tensor) -> Iterator[Peer]:
         """Peers `kept` of a sight, one at a time."""
@@ -141,9 +176,13 @@ class AlignedRefinement(nn.Module):
 
     def clean(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Each view alone: [B, 3, H, W], quality [B] -> picture [B, 3, H, W], features [B, C, H/2, W/2]."""
-        x = _halve(pictures)
-        features = self.look(_stack((2 * x - 1, _plane(quality, x)), x.dtype))
+        features = self._features(pictures, quality)
         return pictures + _restore(self.clean_out(features), pictures), features
+
+    def _features(self, pictures: Tensor, quality: Tensor) -> Tensor:
+        x = _halve(pictures)
+        features: Tensor = self.look(_stack((2 * x - 1, _plane(quality, x)), x.dtype))
+        return features
 
     def fuse(self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer]) -> Fused:
         """Cleaned main views [B, 3, H, W] with their features and qualities [B], and their peers one by one."""
@@ -186,13 +225,19 @@ def see(side: Tensor, main: Tensor, flow: Tensor, consistency: Tensor) -> Tensor
 
 def match_colours(warped: Tensor, main: Tensor, consistency: Tensor) -> Tensor:
     """Least squares gain and offset per channel; drawn towards (1, 0) where there is little to go by."""
-    weight = consistency / (consistency.sum((-2, -1), keepdim=True) + 1)
-    mean_side = (weight * warped).sum((-2, -1), keepdim=True)
-    mean_main = (weight * main).sum((-2, -1), keepdim=True)
-    side, target = warped - mean_side, main - mean_main
-    variance = (weight * side * side).sum((-2, -1), keepdim=True)
-    gain = ((weight * side * target).sum((-2, -1), keepdim=True) + 1e-3) / (variance + 1e-3)
-    return gain.clamp(0.5, 2) * side + mean_main
+    sums: list[Tensor | float] = [0.0] * 5
+    for rows in bands(main):
+        side, target, weight = (x[..., rows, :] for x in (warped, main, consistency))
+        weighted = weight * side
+        terms = (weight, weighted, weight * target, weighted * side, weighted * target)
+        sums = [total + x.sum((-2, -1), keepdim=True).double() for total, x in zip(sums, terms, strict=True)]
+    weights, sides, targets, squares, products = sums
+    size = weights + 1
+    side_mean, target_mean = sides / size, targets / size
+    variance = (squares - 2 * side_mean * sides + side_mean**2 * weights) / size
+    covariance = (products - side_mean * targets - target_mean * sides + side_mean * target_mean * weights) / size
+    gain = ((covariance + 1e-3) / (variance + 1e-3)).clamp(0.5, 2)
+    return (target_mean - gain * side_mean).to(warped.dtype) + gain.to(warped.dtype) * warped
 
 
 def _zero(conv: nn.Conv2d) -> nn.Conv2d:

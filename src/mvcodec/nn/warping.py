@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BAND_PIXELS = 1 << 20
+
 
 def pixel_grid(height: int, width: int, like: Tensor, top: int = 0, left: int = 0) -> Tensor:
     """Return x and y of every pixel of a tile, [1, 2, H, W]; its first one stands at (left, top)."""
@@ -27,23 +29,33 @@ def sample(picture: Tensor, position: Tensor, mode: str = "bilinear") -> Tensor:
     return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
 
 
+def bands(like: Tensor) -> list[slice]:
+    """Rows of a map [.., H, W] that are worked on at a time, so that memory is bounded."""
+    height, width = like.shape[-2:]
+    rows = max(1, BAND_PIXELS // width)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
 def warp(picture: Tensor, flow: Tensor, mode: str = "bicubic") -> Tensor:
     """The side picture [N, C, H, W] as the main view would see it.
 
     Bicubic by default: bilinear sampling at half pixels is a low-pass filter and eats what fusion could gain.
     """
-    return sample(picture, pixel_grid(flow.shape[-2], flow.shape[-1], flow) + flow, mode)
-
-
-def inside(flow: Tensor) -> Tensor:
-    """[N, 1, H, W] bool: does the flow point into the side picture?"""
-    height, width = flow.shape[-2:]
-    position = pixel_grid(height, width, flow) + flow
-    x, y = position[:, :1], position[:, 1:]
-    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return torch.cat([sample(picture, _targets(flow, rows), mode) for rows in bands(flow)], dim=-2)
 
 
 def round_trip_error(flow: Tensor, back: Tensor) -> Tensor:
     """How far from home a pixel lands after main -> side -> main, [N, 1, H, W]; inf outside the side."""
-    dx, dy = warp(back, flow, "bilinear").add_(flow).square_().split(1, dim=1)  # `norm` is a hundred times slower
-    return (dx + dy).sqrt_().masked_fill_(~inside(flow), float("inf"))
+    limit = flow.new_tensor([flow.shape[-1] - 1, flow.shape[-2] - 1]).view(1, 2, 1, 1)
+    errors = []
+    for rows in bands(flow):
+        there = _targets(flow, rows)
+        dx, dy = sample(back, there).add_(flow[..., rows, :]).square_().split(1, dim=1)
+        outside = ((there < 0) | (there > limit)).any(1, keepdim=True)
+        errors.append((dx + dy).sqrt_().masked_fill_(outside, float("inf")))  # `norm` is a hundred times slower
+    return torch.cat(errors, dim=-2)
+
+
+def _targets(flow: Tensor, rows: slice) -> Tensor:
+    """Where the flow of some rows points."""
+    return pixel_grid(rows.stop - rows.start, flow.shape[-1], flow, rows.start) + flow[..., rows, :]
