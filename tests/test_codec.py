@@ -54,19 +54,19 @@ def test_one_walk_for_many_views_decodes_what_one_for_each_does(tiny_model):
         assert one[1] == other[1]
 
 
-def test_decoding_in_one_walk_is_what_a_gpu_does(tiny_model, monkeypatch):
+def test_views_of_one_size_are_decoded_in_one_walk_and_none_where_memory_is_short(tiny_model, monkeypatch):
     files = [
         encoded(tiny_model, *size, seed=k, camera_id=str(k)) for k, size in enumerate([(70, 100), (30, 40), (66, 90)])
     ]
-    alone = decode_set(tiny_model, files)
     walks = []
-    monkeypatch.setattr(codec, "pixels_in_a_walk", lambda *_: 1_000_000)
     monkeypatch.setattr(
         codec, "decode_intact", lambda model, views: walks.append(len(views)) or decode_intact(model, views)
     )
-    for one, other in zip(decode_set(tiny_model, files), alone, strict=True):
+    together = decode_set(tiny_model, files)
+    monkeypatch.setattr(codec, "pixels_in_a_walk", lambda *_: 0)
+    for one, other in zip(together, decode_set(tiny_model, files), strict=True):
         assert np.array_equal(one.pixels, other.pixels)
-    assert walks == [2, 1]
+    assert walks == [2, 1, 1, 1, 1]
 
 
 def test_quality_buys_fidelity_with_bytes(tiny_model):

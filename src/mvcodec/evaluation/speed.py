@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mvcodec.stages import Stopwatch, watched
 from mvcodec.weights import Model
 
 Task = Callable[[Stopwatch], object]
+WRITERS = 2  # pictures are compressed in so many threads, as `mvcodec decode` does
 WALL, PROCESSOR = time.perf_counter, time.process_time  # the second on a machine that others keep busy
 
 
@@ -49,9 +51,10 @@ def decoding(
 
     def task(watch: Stopwatch) -> None:
         decoded = codec.decode_set(model, files, joint=joint, refine=refine, max_memory=max_memory)
-        with watch.stage("write"), tempfile.TemporaryDirectory() as folder:
-            for k, view in enumerate(decoded):
-                images.write(Path(folder, f"{k}{suffix}"), view.image)
+        with watch.stage("write"), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WRITERS) as threads:
+            written = threads.map(lambda view: images.to_bytes(view.image, suffix), decoded)
+            for k, file in enumerate(written):
+                Path(folder, f"{k}{suffix}").write_bytes(file)
 
     return task
 
