@@ -127,6 +127,15 @@ def test_max_peers() -> None:
 
 
 @torch.no_grad()
+def test_tiles_change_nothing() -> None:
+    model, pictures = scrambled(), views()
+    whole, tiled = model(pictures, QUALITY, maps=True), model(pictures, QUALITY, maps=True, most=80 * 80)
+    torch.testing.assert_close(tiled.pictures, whole.pictures, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tiled.weights, whole.weights, atol=1e-4, rtol=0)
+    assert (tiled.maps.int() - whole.maps.int()).abs().max() <= 1
+
+
+@torch.no_grad()
 def test_odd_sizes() -> None:
     pictures = torch.rand(2, 3, 33, 47)
     assert scrambled()(pictures, QUALITY[:2]).pictures.shape == pictures.shape

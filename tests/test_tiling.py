@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import ParaHydra, config_for
-from mvcodec.tiling import footprint, tiled
+from mvcodec.tiling import footprint, pixels_at_once, pixels_in_a_walk, tiled
 
 STAGES = ("g_a", "coarse", "fine", "clean")
 
@@ -65,3 +66,16 @@ def test_a_stage_in_tiles_is_the_stage(net, name):
     whole = run(x, slice(0, 2))
     for most in (1, x[0, 0].numel(), x[:, 0].numel()):  # tiles, view by view, all at once
         torch.testing.assert_close(tiled(module, run, x, most), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_budgets_that_are_promised():
+    """What docs/performance.md says fits, does by the constants that were measured; what cannot is refused at once."""
+    square, full_hd = 8192 * 8192, 1920 * 1080
+    assert pixels_at_once("klt", square, 1, 24 << 30) > 9_000_000
+    assert pixels_at_once("klt", square, 2, 24 << 30, peers=1) > 9_000_000
+    assert pixels_at_once("klt", full_hd, 16, 12 << 30, peers=4) > full_hd
+    with pytest.raises(UsageError, match="--preview"):
+        pixels_at_once("klt", square, 2, 16 << 30, peers=1)
+    assert pixels_at_once("klt", square, 2, 16 << 30) > 9_000_000
+    assert pixels_in_a_walk("cuda", None) >= 6 * 1024 * 832
+    assert pixels_in_a_walk("cuda", 1 << 30) < full_hd

@@ -222,7 +222,8 @@ def reconstruct(
         views = [F.pad(y, (0, width - y.shape[3], 0, height - y.shape[2]), mode="replicate") for y in views]
         together = net.refinement if joint and refine and len(group) > 1 else None
         pixels = LATENT_STRIDE**2 * height * width
-        most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, aligned=together is not None)
+        peers = 0 if together is None else min(max_peers or len(group), len(group) - 1)
+        most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers)
         # On a CPU a batch is no faster than its views one by one, which stay in the cache.
         most = min(most, pixels) if model.device.type == "cpu" else most
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)

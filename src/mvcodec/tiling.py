@@ -34,35 +34,38 @@ USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in on
 
 # Bytes, as docs/performance.md says they were measured; rounded up.
 PROGRAM = 1_000_000_000  # Python, torch and the weights
-HELD = 200  # per pixel of all views: pictures and latents, and the entropy path while it runs
+WALK = 120  # per pixel of the view that goes through the entropy path
+HELD = 50  # per pixel of each other view
+ALIGNED = 125  # per pixel of each view, where views are aligned with one another
+PAIR = 26  # per pixel of each view that helps another
 WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
-ALIGNING = 1200  # per pixel of one view, while it is aligned with another
+FUSING = 250  # or the peers' part of the refinement
 
 
-def pixels_at_once(transform: str, pixels: int, views: int, max_memory: int | None, aligned: bool = False) -> int:
+def pixels_at_once(transform: str, pixels: int, views: int, max_memory: int | None, peers: int = 0) -> int:
     """How many pixels a transform may work on at a time, of `views` of `pixels` each, to stay within so many bytes.
 
-    aligned: the views are aligned with one another, which is not done in tiles. Without a budget always the same
-    number, so that a picture gives the same file wherever there is memory enough. Raises UsageError where what cannot
-    be tiled is over the budget already.
+    peers: with how many others each view is aligned. Without a budget always the same number, so that a picture gives
+    the same file wherever there is memory enough. Raises UsageError where what cannot be tiled is over the budget.
     """
     if max_memory is None:
         return USUAL
-    held = PROGRAM + HELD * pixels * views
-    least = max(WORKING[transform] * SMALLEST**2, ALIGNING * pixels * aligned)
+    per_pixel = views * (ALIGNED + PAIR * peers) if peers else WALK + HELD * (views - 1)
+    working = max(WORKING[transform], FUSING if peers else 0)
+    held, least = PROGRAM + per_pixel * pixels, working * SMALLEST**2
     if max_memory < held + least:
         size = f"{views} x {pixels / 1e6:.1f} megapixels"
         raise UsageError(
             f"{size} need {(held + least) / 1e9:.1f}G of memory, --max-memory is {max_memory / 1e9:.1f}G"
-            + ("; --preview needs less" if aligned else "")
+            + ("; --preview needs less" if peers else "")
         )
-    return (max_memory - held) // WORKING[transform]
+    return (max_memory - held) // working
 
 
 def pixels_in_a_walk(device: str, max_memory: int | None) -> int:
     """How many pixels of views may go through the entropy path together; a single view always may."""
     usual = USUAL if device != "cpu" else FEW
-    return usual if max_memory is None else min(usual, max(0, max_memory - PROGRAM) // (2 * HELD))
+    return usual if max_memory is None else min(usual, max(0, max_memory - PROGRAM) // (2 * WALK))
 
 
 class Footprint(NamedTuple):

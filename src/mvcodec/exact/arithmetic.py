@@ -68,12 +68,13 @@ class Float:
         forward, backward = match.softmax(dim=-1), match.softmax(dim=-2)
         return forward.to(value.dtype) @ value, (forward * backward).sum(dim=-1, keepdim=True)
 
-    def attend_neighbours(self, query: Tensor, keys: list[Tensor], near: list[Tensor], position: Tensor) -> Tensor:
-        """query [B, C, ..], S keys and values each [B, C, ..], position [S, 1, 1] -> [B, S C, ..]: every value times
-        its softmax weight times S."""
-        products = torch.stack([(query * key).sum(dim=1) for key in keys], dim=1)
-        weights = (products * query.shape[1] ** -0.5 + position).softmax(dim=1) * len(keys)
-        return torch.cat([value * weights[:, s : s + 1].to(value.dtype) for s, value in enumerate(near)], dim=1)
+    def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
+        """query [B, C, ..], keys and values [B, S, C, ..], position [S, 1, 1] -> [B, S C, ..]: every value times its
+        softmax weight times S."""
+        products = (query[:, None] * keys).sum(dim=2)
+        weights = (products * query.shape[1] ** -0.5 + position).softmax(dim=1) * keys.shape[1]
+        weighted: Tensor = near * weights[:, :, None].to(near.dtype)
+        return weighted.flatten(1, 2)
 
     def certain(self, like: Tensor) -> Tensor:
         """A consistency of 1 everywhere."""
@@ -144,13 +145,17 @@ class Fixed:
         both = (forward * backward) @ share.mT  # sums below 2^51
         return feature.float(), fixed.divide(both * (1 / WEIGHT_ONE), total).float()
 
-    def attend_neighbours(self, query: Tensor, keys: list[Tensor], near: list[Tensor], position: Tensor) -> Tensor:
-        wide_query = query.double()
-        products = torch.stack([(wide_query * key.double()).sum(dim=1) for key in keys], dim=1)
+    def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
+        wide_query = query.double()[:, None]
+        wide_keys, wide = keys.double(), near.double()  # fresh: in place where no gradient is wanted
+        products = (wide_keys * wide_query if wide_keys.requires_grad else wide_keys.mul_(wide_query)).sum(dim=2)
         scores = products * _score_unit(query.shape[1] ** -0.5) + position.double()
-        weights = self._softmax(scores, dim=1) * (len(keys) / WEIGHT_ONE)
-        weighted = [fixed.round_half_up(x.double() * weights[:, s : s + 1]).float() for s, x in enumerate(near)]
-        return fixed.saturate(torch.cat(weighted, dim=1))
+        weights = self._softmax(scores, dim=1) * (keys.shape[1] / WEIGHT_ONE)
+        spread = weights[:, :, None]
+        weighted = fixed.round_half_up(
+            wide * spread if wide.requires_grad or spread.requires_grad else wide.mul_(spread)
+        )
+        return fixed.saturate(weighted.float()).flatten(1, 2)
 
     def certain(self, like: Tensor) -> Tensor:
         return torch.full_like(like, WEIGHT_ONE)

@@ -6,12 +6,20 @@ padded to multiples of 64.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
 def odd_rows(height: int, device: torch.device) -> Tensor:
     """[H, 1], true in rows 1, 3, ..."""
+    return _odd_rows(height, device, torch.is_inference_mode_enabled())
+
+
+@lru_cache(maxsize=8)
+def _odd_rows(height: int, device: torch.device, inference: bool) -> Tensor:
+    """What is made in inference mode cannot be trained with, hence the third argument."""
     return (torch.arange(height, device=device) % 2 == 1)[:, None]
 
 

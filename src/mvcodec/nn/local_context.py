@@ -33,12 +33,12 @@ class CheckerboardAttention(Block):
     def forward(self, anchor: Tensor, guide: Tensor) -> Tensor:
         """anchor [B, C, H, W / 2] values; guide [B, G, H, W / 2] at the non-anchors."""
         a = self.arithmetic
-        keys, near = self._neighbours(self.key(anchor)), self._neighbours(anchor)
+        keys, near = self._neighbours(torch.cat((self.key(anchor), anchor), dim=1)).chunk(2, dim=2)
         weighted = a.attend_neighbours(self.query(guide), keys, near, self.position)
         return self.out(a.leaky(self.join(weighted)))
 
-    def _neighbours(self, anchor: Tensor) -> list[Tensor]:
-        """Per offset, the anchor at that place from each non-anchor: [B, C, H, W / 2] each, zero outside.
+    def _neighbours(self, anchor: Tensor) -> Tensor:
+        """Per offset, the anchor at that place from each non-anchor: [B, S, C, H, W / 2], zero outside.
 
         Packed rows: non-anchor j of an odd row stands in column 2 j + 1, of an even row in 2 j; anchors the other way
         round. A neighbour in a row of the other parity is dx / 2 further; in one of the same, (dx - 1) / 2 from even
@@ -52,9 +52,12 @@ class CheckerboardAttention(Block):
         def shifted(dy: int, steps: int) -> Tensor:
             return padded[..., up + dy : up + dy + height, side + steps : side + steps + width]
 
-        return [
-            shifted(dy, dx // 2)
-            if dy % 2
-            else torch.where(odd_row, shifted(dy, (dx + 1) // 2), shifted(dy, (dx - 1) // 2))
-            for dy, dx in self.offsets
-        ]
+        return torch.stack(
+            [
+                shifted(dy, dx // 2)
+                if dy % 2
+                else torch.where(odd_row, shifted(dy, (dx + 1) // 2), shifted(dy, (dx - 1) // 2))
+                for dy, dx in self.offsets
+            ],
+            dim=1,
+        )
