@@ -100,8 +100,9 @@ def _fundamental(a: Tensor, b: Tensor, weight: Tensor, scale: float) -> Tensor:
     equations = (b[:, :, None] * a[:, None, :]).flatten(1)
     current = weight
     for n in range(ROUNDS):
-        _, vectors = torch.linalg.eigh((equations * current[:, None]).T @ equations)
-        matrix = vectors[:, 0].view(3, 3)
+        # 9 x 9: nothing for a GPU: its solver is slow to begin
+        _, vectors = torch.linalg.eigh(((equations * current[:, None]).T @ equations).cpu())
+        matrix = vectors[:, 0].view(3, 3).to(a.device)
         to_b, to_a = a @ matrix.T, b @ matrix
         slope = (to_b[:, :2].square().sum(1) + to_a[:, :2].square().sum(1)).clamp_min(1e-12)
         distance = scale * (b * to_b).sum(1) / slope.sqrt()
