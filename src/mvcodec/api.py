@@ -34,6 +34,7 @@ def encode(
     timestamp_us: int | None = None,
     alpha: Literal["refuse", "drop", "white", "black"] = "refuse",
     max_pixels: int = MAX_PIXELS,
+    effort: int = 0,
     max_memory: int | None = None,
     model: Weights = None,
     device: str = "auto",
@@ -45,6 +46,7 @@ def encode(
     camera_id, frame, timestamp_us: where and when. Of a file, what is not given is taken from its name, as
         `mvcodec.frames.name_of` reads it; an array has none.
     alpha, max_pixels: see `mvcodec.images.read`; for files only.
+    effort: 0 to 7, how long to look for a file of fewer bits; see `mvcodec.search`.
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
     """
     if isinstance(picture, str | os.PathLike):
@@ -60,6 +62,7 @@ def encode(
         camera_id=camera_id or "",
         frame=frame,
         timestamp_us=timestamp_us,
+        effort=effort,
         max_memory=max_memory,
     )
 
@@ -109,8 +112,9 @@ def decode_set(
 
 def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:
     """Decode a stream as far as its integers; DesyncError where they are not those that were encoded."""
+    loaded = model_for(stream.header, model, device)  # kept for others, who may want gradients: not in inference mode
     with torch.inference_mode():
-        latents.decode_latents(model_for(stream.header, model, device), stream)
+        latents.decode_latents(loaded, stream)
 
 
 def load_model(model: Weights = None, device: str = "auto") -> Model:

@@ -18,6 +18,7 @@ from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, same_size
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
+from mvcodec.search import MOST_EFFORT, better_latents
 from mvcodec.tiling import pixels_at_once, pixels_in_a_walk, tiled
 from mvcodec.weights import Model
 
@@ -59,14 +60,23 @@ def encode_image(
     camera_id: str = "",
     frame: int | None = None,
     timestamp_us: int | None = None,
+    effort: int = 0,
     max_memory: int | None = None,
 ) -> bytes:
     """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better.
 
+    effort: 0 is one pass; from 1 to `mvcodec.search.MOST_EFFORT` each takes twice as long as the one before.
     max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
     """
     view = encode_view(
-        model, image, quality, camera_id=camera_id, frame=frame, timestamp_us=timestamp_us, max_memory=max_memory
+        model,
+        image,
+        quality,
+        camera_id=camera_id,
+        frame=frame,
+        timestamp_us=timestamp_us,
+        effort=effort,
+        max_memory=max_memory,
     )
     return view.data
 
@@ -80,12 +90,15 @@ def encode_view(
     camera_id: str = "",
     frame: int | None = None,
     timestamp_us: int | None = None,
+    effort: int = 0,
     estimate: bool = False,
     max_memory: int | None = None,
 ) -> EncodedView:
     """`encode_image`, with the decoder's latents and, if asked, the estimate of the file's bits. Eq. (1)-(4)."""
     if not 0 <= quality <= 100:
         raise UsageError(f"quality {quality} is not between 0 and 100")
+    if not 0 <= effort <= MOST_EFFORT:
+        raise UsageError(f"effort {effort} is not between 0 and {MOST_EFFORT}")
     quality = round(quality * 100) / 100  # as the header stores it
     net = model.net
     basis = hat_basis(torch.tensor([quality / 100], device=model.device), net.config.quality_knots)
@@ -95,10 +108,16 @@ def encode_view(
             return net.g_a(to_unit(to_device(part, model.device)), basis)
 
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
-    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory)
+    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
     y = tiled(net.g_a, analyse, x, most)  # [1, M, H/16, W/16]
     y = y.float() * net.gain.gain(basis)
     z = net.h_a(y)  # [1, N, H/64, W/64]
+    if effort:
+
+        def picture(rows: slice, columns: slice) -> Tensor:
+            return to_unit(to_device(x[..., rows, columns], model.device))
+
+        y = better_latents(model, y, z, quality / 100, effort, picture, (image.height, image.width))
     latents = encode_latents(model, y, z, quality / 100, estimate)
     header = Header(
         model_id=model.id,

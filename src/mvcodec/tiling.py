@@ -40,24 +40,28 @@ ALIGNED = 125  # per pixel of each view, where views are aligned with one anothe
 PAIR = 26  # per pixel of each view that helps another
 WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
 FUSING = 250  # or the peers' part of the refinement
+SEARCHING = {"klt": 1500, "paper": 4500}  # per pixel of a tile of the encoder's search, which is SMALLEST a side
 
 
-def pixels_at_once(transform: str, pixels: int, views: int, max_memory: int | None, peers: int = 0) -> int:
+def pixels_at_once(
+    transform: str, pixels: int, views: int, max_memory: int | None, peers: int = 0, searched: bool = False
+) -> int:
     """How many pixels a transform may work on at a time, of `views` of `pixels` each, to stay within so many bytes.
 
-    peers: with how many others each view is aligned. Without a budget always the same number, so that a picture gives
-    the same file wherever there is memory enough. Raises UsageError where what cannot be tiled is over the budget.
+    peers: with how many others each view is aligned. searched: the encoder looks for better latents, in tiles that
+    are always the same. Without a budget always the same number, so that a picture gives the same file wherever there is
+    memory enough. Raises UsageError where what cannot be tiled is over the budget.
     """
     if max_memory is None:
         return USUAL
     per_pixel = views * (ALIGNED + PAIR * peers) if peers else WALK + HELD * (views - 1)
     working = max(WORKING[transform], FUSING if peers else 0)
-    held, least = PROGRAM + per_pixel * pixels, working * SMALLEST**2
+    held, least = PROGRAM + per_pixel * pixels, max(working, SEARCHING[transform] * searched) * SMALLEST**2
     if max_memory < held + least:
         size = f"{views} x {pixels / 1e6:.1f} megapixels"
         raise UsageError(
             f"{size} need {(held + least) / 1e9:.1f}G of memory, --max-memory is {max_memory / 1e9:.1f}G"
-            + ("; --preview needs less" if peers else "")
+            + ("; --preview needs less" if peers else "; --effort 0 needs less" if searched else "")
         )
     return (max_memory - held) // working
 

@@ -67,6 +67,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Refuse larger pictures before anything is allocated.",
 )
+@click.option(
+    "--effort",
+    type=click.IntRange(0, 7),
+    default=0,
+    show_default=True,
+    help="Look for a file of fewer bits; decoding does not change. Each effort takes twice as long as the last.",
+)
 @within_memory
 @running
 @reporting
@@ -86,6 +93,7 @@ def encode(
     alpha: Alpha,
     strip: bool,
     max_pixels: int,
+    effort: int,
     max_memory: int | None,
     model: str | None,
     device: str,
@@ -126,7 +134,7 @@ def encode(
         pixels = image.width * image.height
 
         def at(quality: float) -> bytes:
-            return codec.encode_image(weights, image, quality, **view._asdict(), max_memory=max_memory)
+            return codec.encode_image(weights, image, quality, **view._asdict(), effort=effort, max_memory=max_memory)
 
         budget = target_size if target_bpp is None else int(target_bpp * pixels / 8)
         data, used = (at(quality), quality) if budget is None else encode_within(at, budget)

@@ -35,6 +35,7 @@ def _names(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str
     callback=_numbers,
     help="At least four, 0 to 100.",
 )
+@click.option("--effort", type=click.IntRange(0, 7), default=0, show_default=True, help="As of `mvcodec encode`.")
 @click.option(
     "--peers",
     default="jpeg,webp,avif,jxl,x265,vvc,vvc-video",
@@ -53,6 +54,7 @@ def evaluate(
     data: str,
     out: str,
     qualities: tuple[float, ...],
+    effort: int,
     peers: tuple[str, ...],
     peer_results: str | None,
     scenes: tuple[str, ...],
@@ -77,6 +79,7 @@ def evaluate(
         api.load_model(model, device),
         Path(out),
         qualities=qualities,
+        effort=effort,
         peers=wanted,
         scenes=scenes,
         limit_views=limit_views,

@@ -49,27 +49,29 @@ def measure_peer(scene: Scene, peer: Peer, ledger: Ledger) -> list[Point]:
     return points
 
 
-def measure_ours(scene: Scene, model: Model, qualities: Sequence[float], ledger: Ledger, tell: Tell) -> Iterator[Point]:
+def measure_ours(
+    scene: Scene, model: Model, qualities: Sequence[float], ledger: Ledger, tell: Tell, effort: int = 0
+) -> Iterator[Point]:
     """Every view at every quality, decoded alone and decoded together."""
-    version = fingerprint(model)
+    version = fingerprint(model) + (f" effort {effort}" if effort else "")
     for quality in sorted(qualities):
         kept = [ledger.get(name, version, scene, v, quality) for name in (SEPARATE, JOINT) for v in scene.views]
         points = [point for point in kept if point is not None]
         if len(points) < len(kept):
-            points = _our_points(scene, model, version, quality, prove=quality == max(qualities))
+            points = _our_points(scene, model, version, quality, effort, prove=quality == max(qualities))
             ledger.add(points)
         tell(f"{scene.name}: quality {quality:g} done")
         yield from points
 
 
 @torch.inference_mode()
-def _our_points(scene: Scene, model: Model, version: str, quality: float, prove: bool) -> list[Point]:
+def _our_points(scene: Scene, model: Model, version: str, quality: float, effort: int, prove: bool) -> list[Point]:
     """Code the views at one quality. The latents come from the encoder; `prove` decodes one real file as well.
 
     Raises DesyncError if the decoder finds other pixels than the encoder's latents give.
     """
     coded = [
-        codec.encode_view(model, Image(view.pixels), quality, camera_id=view.name, estimate=True)
+        codec.encode_view(model, Image(view.pixels), quality, camera_id=view.name, effort=effort, estimate=True)
         for view in scene.views
     ]
     headers = [container.unpack_header(view.data) for view in coded]

@@ -47,6 +47,7 @@ class Evaluation:
 
     model: str
     weights: str  # fingerprint
+    effort: int  # of the encoder
     curves: list[CurvePoint]
     deltas: list[Delta]
     joint_gain_db: dict[str, float]
@@ -60,6 +61,7 @@ class Evaluation:
         return {
             "model": self.model,
             "weights": self.weights,
+            "effort": self.effort,
             "scenes": sorted({p.scene for p in self.curves} - {MEAN}),
             "peers": {name: PEERS[name].about for name in PEERS if name in {p.codec for p in self.curves}},
             "bd_rate_method": f"{bdrate.METHOD}, per scene, mean of the scenes' figures, MS-SSIM in dB",
@@ -83,6 +85,7 @@ def evaluate(
     out: Path,
     *,
     qualities: Sequence[float] = QUALITIES,
+    effort: int = 0,
     peers: Sequence[str] = tuple(PEERS),
     scenes: Sequence[str] = (),
     limit_views: int | None = None,
@@ -91,7 +94,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model and the peers on scenes, and write the report into `out`.
 
-    qualities: at least `bdrate.MIN_POINTS`. scenes: names of some, all if empty. limit_views: the first of each scene.
+    qualities: at least `bdrate.MIN_POINTS`. effort: of our encoder.
+    scenes: names of some, all if empty. limit_views: the first of each scene.
     peer_results: ledger of the peers' points, which outlive a model; in `out` if not given.
     """
     if len(set(qualities)) < bdrate.MIN_POINTS:
@@ -102,10 +106,10 @@ def evaluate(
     for scene in read_scenes(data, scenes, limit_views):
         for peer in usable:
             points += measure_peer(scene, peer, others)
-        points += measure_ours(scene, model, sorted(set(qualities)), ours, tell)
+        points += measure_ours(scene, model, sorted(set(qualities)), ours, tell, effort)
     curves = curve_points(points)
     result = Evaluation(
-        model.name, fingerprint(model), curves, deltas(curves), joint_gain_db(curves), check_estimate(points)
+        model.name, fingerprint(model), effort, curves, deltas(curves), joint_gain_db(curves), check_estimate(points)
     )
     result.write(out)
     return result
