@@ -32,6 +32,7 @@ from unittest.mock import patch
 import torch
 
 from mvcodec import codec, images, selftest, weights
+from mvcodec.cli import THREADS
 from mvcodec.container import unpack
 from mvcodec.evaluation import speed
 from mvcodec.files import shipped
@@ -221,6 +222,7 @@ def run_here(options: argparse.Namespace) -> None:
 def run_all(options: argparse.Namespace) -> None:
     """Each part in a process of its own: what breaks a GPU's context, or hangs, takes no other with it."""
     ends = time.monotonic() + options.seconds
+    environment = {**THREADS, **os.environ}  # as `mvcodec` itself runs
     for part in options.parts:
         left = ends - time.monotonic()
         if left < 5:
@@ -230,7 +232,9 @@ def run_all(options: argparse.Namespace) -> None:
         given += ["--out", str(options.out)] if options.out else []
         command = [sys.executable, str(Path(__file__).resolve()), "--part", part, *given]
         try:
-            done = subprocess.run(command, timeout=left, stderr=subprocess.PIPE, text=True, check=False)
+            done = subprocess.run(
+                command, timeout=left, stderr=subprocess.PIPE, text=True, check=False, env=environment
+            )
             error = None if done.returncode == 0 else done.stderr[-2000:]
         except subprocess.TimeoutExpired:
             error = f"stopped after {left:.0f} s"

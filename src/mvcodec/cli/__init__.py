@@ -58,13 +58,16 @@ def group(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+# Threads that spin for long while they wait for each other take six times as long on a machine that does anything else,
+# and so do cameras' computers; threads that sleep at once make the thousands of small operations of Para-EM slower on
+# two cores than on one. A spin of some microseconds is enough for those.
+THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with the code of whatever went wrong."""
-    # Before torch is imported: threads that spin for long while they wait for each other take six times as long on a
-    # machine that does anything else, and so do cameras' computers; threads that sleep at once make the thousands of
-    # small operations of Para-EM slower on two cores than on one. A spin of some microseconds is enough for those.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in THREADS.items():  # before torch is imported
+        os.environ.setdefault(name, value)
     try:
         code = group.main(args, prog_name="mvcodec", standalone_mode=False)
     except click.ClickException as error:
