@@ -46,7 +46,7 @@ def encode(
     camera_id, frame, timestamp_us: where and when. Of a file, what is not given is taken from its name, as
         `mvcodec.frames.name_of` reads it; an array has none.
     alpha, max_pixels: see `mvcodec.images.read`; for files only.
-    effort: 0 to 7, how long to look for a file of fewer bits; see `mvcodec.search`.
+    effort: 0 to 5, how long to look for a file of fewer bits; see `mvcodec.search`.
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
     """
     if isinstance(picture, str | os.PathLike):

@@ -30,7 +30,7 @@ from mvcodec.nn.hyperprior import LN_SIGMA_BOUND, gaussian_likelihood
 from mvcodec.tiling import SMALLEST
 from mvcodec.weights import Model
 
-MOST_EFFORT = 7
+MOST_EFFORT = 5  # each further one has been worth less than the one before
 STRIDE = 16  # pixels per latent
 TILE = SMALLEST // STRIDE  # latents a side that are searched at a time: whole tiles of Para-EM's attention
 SEAM = 1  # latents beside another tile keep their symbols: not all that they change is in sight

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--effort",
-    type=click.IntRange(0, 7),
+    type=click.IntRange(0, 5),
     default=0,
     show_default=True,
     help="Look for a file of fewer bits; decoding does not change. Each effort takes twice as long as the last.",

@@ -35,7 +35,7 @@ def _names(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str
     callback=_numbers,
     help="At least four, 0 to 100.",
 )
-@click.option("--effort", type=click.IntRange(0, 7), default=0, show_default=True, help="As of `mvcodec encode`.")
+@click.option("--effort", type=click.IntRange(0, 5), default=0, show_default=True, help="As of `mvcodec encode`.")
 @click.option(
     "--peers",
     default="jpeg,webp,avif,jxl,x265,vvc,vvc-video",
