@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from PIL import Image
 
+from mvcodec.nn.warping import warp
 from tests.conftest import smooth_picture
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -76,3 +78,12 @@ def test_peers_prints_ratios(tmp_path: Path) -> None:
     _, *records = [json.loads(line) for line in (tmp_path / "peers.json").read_text().splitlines()]
     assert records[0]["decode_ratio"] == 1
     assert len(records) == 7
+
+
+def test_turned_views_know_where_they_look() -> None:
+    """A pixel of the upright view and the one that true flow names in the turned view have one colour."""
+    turned_views = program("turned_views")
+    ramp = torch.linspace(0, 1, 1200).view(1, 1, 1, -1).expand(1, 3, 900, -1)
+    upright, turned = (turned_views.tensor(turned_views.look(ramp, *case)) for case in ((0, 1.0), (30, 1.25)))
+    seen = warp(turned, turned_views.true_flow(30, 1.25))
+    assert (seen - upright)[..., 150:230, 150:230].abs().max() < 0.01
