@@ -83,7 +83,8 @@ def test_peers_prints_ratios(tmp_path: Path) -> None:
 def test_turned_views_know_where_they_look() -> None:
     """A pixel of the upright view and the one that true flow names in the turned view have one colour."""
     turned_views = program("turned_views")
-    ramp = torch.linspace(0, 1, 1200).view(1, 1, 1, -1).expand(1, 3, 900, -1)
-    upright, turned = (turned_views.tensor(turned_views.look(ramp, *case)) for case in ((0, 1.0), (30, 1.25)))
+    across, down = (torch.sin(torch.arange(n) / 12) for n in (1200, 900))  # a wave is 38 pixels of a view
+    waves = (0.5 + 0.2 * across + 0.2 * down[:, None]).expand(1, 3, -1, -1)
+    upright, turned = (turned_views.tensor(turned_views.look(waves, *case)) for case in ((0, 1.0), (30, 1.25)))
     seen = warp(turned, turned_views.true_flow(30, 1.25))
-    assert (seen - upright)[..., 150:230, 150:230].abs().max() < 0.01
+    assert (seen - upright)[..., 150:230, 150:230].abs().max() < 0.02  # half a pixel off is more
