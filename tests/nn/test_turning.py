@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mvcodec.nn import alignment
+from mvcodec.nn import alignment, matching
 from mvcodec.nn.alignment import sights
 from mvcodec.nn.turning import find_turn, turn_back, turn_of, turned_view, worth_turning
 from mvcodec.nn.warping import round_trip_error
@@ -59,7 +59,7 @@ def test_nothing_in_common_has_no_turn_and_level_pairs_are_not_turned() -> None:
         return 255 * picture[:, :1]
 
     def describe(grey: torch.Tensor, cell: int) -> torch.Tensor:
-        return alignment._describe(alignment._orientations(grey), cell)
+        return matching.describe(matching.orientations(grey), cell)
 
     assert find_turn(luma(texture(grid())), luma(texture(grid(), seed=5)), describe) is None
     assert find_turn(torch.zeros(1, 1, 9, 7), torch.zeros(1, 1, 9, 7), describe) is None

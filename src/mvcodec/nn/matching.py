@@ -1,0 +1,122 @@
+"""Which cell of one view looks like which of another: gradient histograms, and what their best matches say together.
+
+Batch entry 0 of a flow is a -> b, entry 1 is b -> a; flows are in cells.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvcodec.nn.filters import blur, gradient, local_mean, median
+from mvcodec.nn.warping import pixel_grid
+
+CELLS = 1 << 16  # compared at once
+NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
+
+
+def orientations(grey: Tensor) -> Tensor:
+    """Gradient strength shared out over eight signed orientations, [N, 8, h, w]."""
+    dx, dy = gradient(grey)
+    angle = torch.arange(8, device=grey.device) * (torch.pi / 4)
+    along = dx * angle.cos().view(1, -1, 1, 1) + dy * angle.sin().view(1, -1, 1, 1)
+    return blur(along.clamp_min(0) ** 3 / (dx * dx + dy * dy + 1e-3))
+
+
+def describe(histograms: Tensor, cell: int) -> Tensor:
+    """Histograms of 3x3 cells, normalised for contrast (Dalal, Triggs 2005): [N, 72, h/cell, w/cell]."""
+    pooled = F.avg_pool2d(histograms, cell)
+    height, width = pooled.shape[-2:]
+    stacked = F.unfold(F.pad(pooled, (1, 1, 1, 1), mode="replicate"), 3).view(len(pooled), -1, height, width)
+    return F.normalize(stacked.sqrt(), dim=1, eps=1e-3)
+
+
+def match_globally(a: Tensor, b: Tensor) -> Tensor:
+    """Every cell's best match in the other view where it is mutual, the rest filled: [2, 2, h, w]."""
+    height, width = a.shape[-2:]
+    cells = height * width
+    similarity = a.flatten(2)[0].T @ b.flatten(2)[0]
+    similarity = _consensus(similarity.view(height, width, height, width)).view(cells, cells)
+    to_b, to_a = similarity.max(dim=1).indices, similarity.max(dim=0).indices
+    flow = torch.stack([_displacement(match, width) for match in (to_b, to_a)])  # [2, 2, cells]
+    home = torch.stack([_displacement(back[match], width) for match, back in ((to_b, to_a), (to_a, to_b))])
+    mutual = home.abs().amax(dim=1, keepdim=True) <= 1
+    flow = flow.view(2, 2, height, width).to(a.dtype)
+    return fill(flow, _vote(flow, mutual.view(2, 1, height, width).to(a.dtype)))
+
+
+def _displacement(target: Tensor, width: int) -> Tensor:
+    """From each cell to the cell it names: [2, cells]."""
+    here = torch.arange(target.numel(), device=target.device)
+    return torch.stack((target % width - here % width, target // width - here // width))
+
+
+def _consensus(similarity: Tensor) -> Tensor:
+    """Sum over a 3x3 neighbourhood moving in both views at once (Rocco et al. 2018)."""
+    height, width = similarity.shape[:2]
+    total = similarity.clone()
+    for dx, dy in NEIGHBOURS:
+        to_y, to_x = slice(max(dy, 0), height + min(dy, 0)), slice(max(dx, 0), width + min(dx, 0))
+        from_y, from_x = slice(max(-dy, 0), height + min(-dy, 0)), slice(max(-dx, 0), width + min(-dx, 0))
+        total[to_y, to_x, to_y, to_x] += similarity[from_y, from_x, from_y, from_x]
+    return total
+
+
+def _vote(flow: Tensor, weight: Tensor) -> Tensor:
+    """Weights of matches, lower the further they are from their neighbours' weighted mean."""
+    for _ in range(3):
+        mean = local_mean(local_mean(flow * weight)) / (local_mean(local_mean(weight)) + 1e-6)
+        weight = weight / (1 + (flow - mean).square().sum(1, keepdim=True) / 2)
+    return weight
+
+
+def fill(flow: Tensor, weight: Tensor) -> Tensor:
+    """Where the weight is low, take the flow of ever wider surroundings (push-pull, Gortler et al. 1996)."""
+    levels = [(flow * weight, weight)]
+    while min(levels[-1][1].shape[-2:]) > 1:
+        weighted, weight = levels[-1]
+        levels.append((F.avg_pool2d(weighted, 2, ceil_mode=True), F.avg_pool2d(weight, 2, ceil_mode=True)))
+    weighted, weight = levels.pop()
+    filled = weighted / (weight + 1e-6)
+    for weighted, weight in reversed(levels):
+        below = F.interpolate(filled, size=weight.shape[-2:], mode="bilinear", align_corners=False)
+        filled = (weighted + 0.05 * below) / (weight + 0.05)
+    return filled
+
+
+def propagate(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
+    """Each cell tries the flows of cells 3, 2, 1 away, and steps around its own; the best match stays."""
+    grid = pixel_grid(flow.shape[-2], flow.shape[-1], flow)
+    here, there = (x.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for x in (main, side))
+
+    def score(candidate: Tensor) -> Tensor:
+        # what `sample` does, with an index and a weight for all 72 channels together
+        corners = zip(here.split(CELLS), *(x.split(CELLS) for x in _corners(grid + candidate)), strict=True)
+        found = [(own * F.embedding_bag(i, there, per_sample_weights=w, mode="sum")).sum(1) for own, i, w in corners]
+        return local_mean(torch.cat(found).view_as(candidate[:, :1]))
+
+    best = score(flow)
+    for reach, step in ((3, 1.0), (2, 1.0), (1, 0.5)):
+        for dx, dy in NEIGHBOURS:
+            flow, best = _better(flow, best, torch.roll(flow, (dy * reach, dx * reach), dims=(-2, -1)), score)
+        for dx, dy in NEIGHBOURS:
+            flow, best = _better(flow, best, flow + flow.new_tensor([dx, dy]).view(1, 2, 1, 1) * step, score)
+    return median(flow)
+
+
+def _corners(position: Tensor) -> tuple[Tensor, Tensor]:
+    """The four cells around each position [N, 2, h, w] and their bilinear weights, [N h w, 4] each."""
+    views, _, height, width = position.shape
+    x, y = position[:, 0].clamp(0, width - 1), position[:, 1].clamp(0, height - 1)
+    left, top = x.floor(), y.floor()
+    right_share, low_share = x - left, y - top
+    view = torch.arange(views, device=position.device).view(-1, 1, 1) * (height * width)
+    corner = view + top.long() * width + left.long()
+    right, below = (left < width - 1).long(), (top < height - 1).long() * width
+    index = torch.stack((corner, corner + right, corner + below, corner + below + right), -1)
+    low, high = torch.stack((1 - right_share, right_share), -1), torch.stack((1 - low_share, low_share), -1)
+    return index.view(-1, 4), (high[..., :, None] * low[..., None, :]).reshape(-1, 4)
+
+
+def _better(flow, best, candidate, score):  # type: ignore[no-untyped-def]
+    new = score(candidate)
+    return torch.where(new > best, candidate, flow), torch.maximum(new, best)
