@@ -79,6 +79,19 @@ def test_the_input_that_attains_the_bound_is_exact(name, backend):
     assert torch.equal(found * f, sums.double())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_narrow_layer_that_does_not_fit_one_convolution_is_split_after_its_shift(name):
+    """A bias, centred after the grid was chosen, may leave no room."""
+    layer = LAYERS[name]()
+    integers = drawn(layer, Backend.FLOAT32)
+    assert integers.input_shift.any()
+    layer.set_integers(integers, Backend.SPLIT)
+    x = inputs(layer, "large")
+    with torch.no_grad():
+        found = FIXED.convolve(layer, torch.from_numpy(x).float())
+    assert np.array_equal(found.numpy(), reference(layer, x))
+
+
 def test_a_bound_just_below_the_limit_is_float32_and_just_above_is_not():
     layer = Conv(33, 1, 1)
     weight = np.full((1, 33, 1, 1), 4000, dtype=np.int16)

@@ -174,11 +174,11 @@ class ExactConvolution(Block):
 
     def _sums(self, x: Tensor, offsets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
         """The exact sum in units of an activation; of a split layer in two parts."""
-        weight = self.exact_weight
+        x, weight = self._input(x), self.exact_weight
         if self.backend is Backend.SPLIT:
             high = ((x + 128) * (1 / 256)).floor_().mul_(256)
             return self._exact_sum(high, weight, offsets[0]), self._exact_sum(x - high, weight, offsets[1])
-        return self._exact_sum(self._input(x), weight, offsets[0]), None
+        return self._exact_sum(x, weight, offsets[0]), None
 
     def _exact_sum(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """By kernels that only multiply and add. cuDNN may choose others: there, matrix products in float64."""
