@@ -61,7 +61,7 @@ def group(ctx: click.Context) -> None:
 # Threads that spin for long while they wait for each other take six times as long on a machine that does anything else,
 # and so do cameras' computers; threads that sleep at once make the thousands of small operations of Para-EM slower on
 # two cores than on one. A spin of some microseconds is enough for those.
-THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
