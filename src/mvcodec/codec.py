@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.images import Image
-from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, same_size
+from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, of_one_size, same_size
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
@@ -232,7 +232,7 @@ def reconstruct(
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
     scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis, strict=True)]
     sizes = [(y.shape[2], y.shape[3]) for y in scaled]
-    groups = [list(range(len(sizes)))] if joint else _of_one_size(sizes)
+    groups = [list(range(len(sizes)))] if joint else of_one_size(sizes)
     decoded: list[Tensor] = [torch.empty(0)] * len(sizes)
     shares: tuple[Tensor | None, Tensor | None] = (None, None)
     for group in groups:
@@ -253,11 +253,6 @@ def reconstruct(
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = picture[:, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
     return Reconstruction(decoded, *shares)
-
-
-def _of_one_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """The views of each size: they are computed in one batch."""
-    return [[k for k, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
 
 
 def _synthesise(

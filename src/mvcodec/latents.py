@@ -157,13 +157,17 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
     return found
 
 
+def of_one_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """The places of the views of each size: they are computed in one batch."""
+    return [[k for k, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
+
+
 def same_size(streams: Sequence[Stream], most: int) -> list[list[int]]:
     """Places of views that may be decoded together, of at most so many pixels."""
     sizes = [tuple(-(-side // HYPER_STRIDE) for side in _sides(stream.header)) for stream in streams]
     groups: list[list[int]] = []
-    for size in dict.fromkeys(sizes):
-        places = [k for k, other in enumerate(sizes) if other == size]
-        many = max(1, most // (size[0] * size[1] * HYPER_STRIDE**2))
+    for places in of_one_size(sizes):
+        many = max(1, most // (math.prod(sizes[places[0]]) * HYPER_STRIDE**2))
         groups += [places[k : k + many] for k in range(0, len(places), many)]
     return groups
 
