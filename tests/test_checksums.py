@@ -19,6 +19,9 @@ def test_same_as_bit_by_bit() -> None:
         data = os.urandom(n)
         assert crc8(data) == spec_reader.crc8(data)
         assert crc16(data) == spec_reader.crc16(data)
+    for n in (32766, 32767, 32768, 70000, 131071):
+        data = os.urandom(n)
+        assert crc16(data) == spec_reader.crc16(data)
 
 
 def test_every_flip_of_one_byte_is_seen() -> None:
