@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
+from mvcodec.graphs import PLAIN, Graphs
 from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, of_one_size, same_size
+from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
 from mvcodec.tiling import pixels_at_once, pixels_in_a_walk, tiled
+from mvcodec.transfers import fetched, to_device
 from mvcodec.weights import Model
 
 OnFailure = Callable[[Header, MvcodecError], None]
@@ -100,18 +103,21 @@ def encode_view(
     if not 0 <= effort <= MOST_EFFORT:
         raise UsageError(f"effort {effort} is not between 0 and {MOST_EFFORT}")
     quality = round(quality * 100) / 100  # as the header stores it
+    model = model.within(max_memory)
     net = model.net
-    basis = hat_basis(torch.tensor([quality / 100], device=model.device), net.config.quality_knots)
+    basis = hat_basis(to_device(torch.tensor([quality / 100]), model.device), net.config.quality_knots)
+    x = samples(image)  # [1, 3, H, W] integers, multiples of 64
+    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
+    call = model.graphs if x[0, 0].numel() <= most else PLAIN  # tiles measure what they see of the network itself
 
     def analyse(part: Tensor, views: slice) -> Tensor:
         with _autocast(model):
-            return net.g_a(to_unit(to_device(part, model.device)), basis)
+            y: Tensor = call(net.g_a, to_unit(to_device(part, model.device)), basis)
+            return y
 
-    x = samples(image)  # [1, 3, H, W] integers, multiples of 64
-    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
     y = tiled(net.g_a, analyse, x, most)  # [1, M, H/16, W/16]
     y = y.float() * net.gain.gain(basis)
-    z = net.h_a(y)  # [1, N, H/64, W/64]
+    z = model.graphs(net.h_a, y)  # [1, N, H/64, W/64]
     if effort:
 
         def picture(rows: slice, columns: slice) -> Tensor:
@@ -164,6 +170,7 @@ def decode_set(
         raise UsageError("no files to decode")
     for stream in streams:
         check_model(model, stream.header)
+    model = model.within(max_memory)
     # Order decides nothing: not even rounding. Ties of camera id are broken by content.
     streams.sort(
         key=lambda s: (
@@ -189,7 +196,7 @@ def decode_set(
         return []
     streams = [stream for _, stream in decoded]
     latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
-    qualities = torch.tensor([s.header.quality / 100 for s in streams], device=model.device)
+    qualities = to_device(torch.tensor([s.header.quality / 100 for s in streams]), model.device)
     pictures, weights, drawn = reconstruct(model, latents, qualities, joint, refine, max_memory, max_peers, maps)
     views = []
     for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True)):
@@ -264,18 +271,25 @@ def _synthesise(
     """
     net = model.net
     pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
+    call = model.graphs if pixels <= most else PLAIN  # as in `encode_view`
 
     def in_tiles(stage: nn.Module, x: Tensor, quality: Tensor) -> Tensor:
         area = x.shape[2] * x.shape[3]
-        return tiled(stage, lambda part, views: stage(part, quality[views]), x, most * area // pixels)
+        return tiled(stage, lambda part, views: call(stage, part, quality[views]), x, most * area // pixels)
 
     with _autocast(model):
         pictures = net.para_jd(y[None], basis[None], joint, model.fuses, in_tiles)[0].float().clamp_(0, 1)
-        refinement = net.refinement
-        if refinement is None or not clean:
-            return pictures
-        cleaned = tiled(refinement, lambda part, views: refinement.clean(part, qualities[views])[0], pictures, most)
-    return cleaned.float().clamp_(0, 1)
+        return cleaned(net.refinement, pictures, qualities, most, call) if clean and net.refinement else pictures
+
+
+def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, most: int, call: Graphs) -> Tensor:
+    """Pictures [K, 3, H, W] and their qualities [K] -> the same cleaned, each view alone, in [0, 1]."""
+
+    def clean(part: Tensor, views: slice) -> Tensor:
+        picture, _ = call(refinement.clean, part, qualities[views])
+        return picture
+
+    return tiled(refinement, clean, pictures, most).float().clamp_(0, 1)
 
 
 def check_model(model: Model, header: Header) -> None:
@@ -305,18 +319,13 @@ def to_unit(x: Tensor) -> Tensor:
     return x.float().div_(255 if x.dtype == torch.uint8 else 65535)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """To a GPU through pinned memory, so that the copy runs while the next work is being issued."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
-
-
 def to_image(picture: Tensor, header: Header) -> Image:
     """[3, H, W] in [0, 1] -> the kind of picture that was encoded, cropped to its size."""
     pixels = picture[:, : header.height, : header.width]
     if header.colour == "grey":
         pixels = pixels.mean(dim=0, keepdim=True)
     peak, dtype = (255, torch.uint8) if header.depth == 8 else (65535, torch.uint16)
-    array = (pixels * peak).round_().to(dtype).permute(1, 2, 0).contiguous().cpu().numpy()
+    array = fetched((pixels * peak).round_().to(dtype).permute(1, 2, 0).contiguous())
     return Image(array[..., 0] if header.colour == "grey" else array, header.icc, header.exif)
 
 

@@ -23,11 +23,14 @@ from mvcodec.container import Damage, Header, Slice, Stream, integer_check
 from mvcodec.entropy.tables import MAX_SYMBOL
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
 from mvcodec.exact.conv import strict
+from mvcodec.graphs import PLAIN
 from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.parahydra import PAD_MULTIPLE
+from mvcodec.tiling import USUAL
+from mvcodec.transfers import Fetched, fetched, to_device
 from mvcodec.weights import Model
 
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
@@ -54,11 +57,13 @@ def quantised(y: Tensor, mu: Tensor, index: Tensor) -> Tensor:
 def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep) -> Tensor:
     """z_hat [B, N, h, w] integers, qualities t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
     net = model.net
+    pixels = len(z_hat) * z_hat[0, 0].numel() * HYPER_STRIDE**2
+    call = model.graphs if pixels <= USUAL else PLAIN  # what is large keeps a GPU busy, and would hold much memory
     qualities = [t] * len(z_hat) if isinstance(t, int | float) else t
     with torch.autocast(z_hat.device.type, enabled=False), strict():
-        hyper = net.h_s(z_hat.double())
-        ln_gain = torch.tensor([exact_log_gain(q) for q in qualities], dtype=torch.float64, device=z_hat.device)
-        y_hat: Tensor = net.para_em(hyper, ln_gain, code)
+        hyper = call(net.h_s, z_hat.double().contiguous())  # in one order, whoever made it: one graph
+        ln_gain = to_device(torch.tensor([exact_log_gain(q) for q in qualities], dtype=torch.float64), z_hat.device)
+        y_hat: Tensor = call(net.para_em, hyper, ln_gain, code=code)
     return y_hat
 
 
@@ -74,7 +79,7 @@ def integer_bytes(y_hat: Tensor) -> bytes:
 
 
 def _sixty_fourths(y_hat: Tensor) -> NDArray[np.int32]:
-    return (y_hat * MU_GRID).to(torch.int32).cpu().numpy().astype("<i4", copy=False)
+    return fetched((y_hat * MU_GRID).to(torch.int32)).astype("<i4", copy=False)
 
 
 class EncodedLatents(NamedTuple):
@@ -101,7 +106,8 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
             symbols = quantised(halves[step], mu, index)
-            sections.append(coder.submit(_encode_section, _Fetched(symbols, index), model))
+            coming = Fetched(torch.stack((symbols.short(), index.short())))
+            sections.append(coder.submit(_encode_section, coming, model))
             if estimate:
                 estimates.append(gaussian_bits(symbols, ln_sigma).item())
             return symbols + mu
@@ -113,30 +119,8 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
     return EncodedLatents(hyper, slices, y_hat, sum(estimates))
 
 
-class _Fetched:
-    """Integers on their way from the device, which goes on working."""
-
-    def __init__(self, *values: Tensor) -> None:
-        packed = torch.stack([x.to(torch.int32) for x in values])
-        self.arrived: torch.cuda.Event | None = None
-        if packed.is_cuda:
-            self.values = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
-            self.values.copy_(packed, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-        else:
-            self.values = packed
-
-    def wait(self) -> NDArray[np.int32]:
-        """[values, ...]"""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        found: NDArray[np.int32] = self.values.numpy()
-        return found
-
-
-def _encode_section(fetched: _Fetched, model: Model) -> bytes:
-    symbols, index = fetched.wait()
+def _encode_section(coming: Fetched, model: Model) -> bytes:
+    symbols, index = coming.wait()
     return entropy.encode(symbols.ravel(), index.ravel(), model.gaussian)
 
 
@@ -175,8 +159,9 @@ def same_size(streams: Sequence[Stream], most: int) -> list[list[int]]:
 def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:
     """`decode_latents` of views of one size in one walk: of each its y_hat, or what is wrong with it.
 
-    A GPU is then as busy with all as with one, and their sections are decoded in threads. What one view holds changes
-    no integer of another.
+    A GPU is then as busy with all as with one. Their sections are decoded beside one another, a thread for each view;
+    and each is coded once more, to see that it is the code of its symbols, while the network goes on with them.
+    What one view holds changes no integer of another.
     """
     found: dict[int, Tensor | MvcodecError] = {}
     opened: list[_Opened] = []
@@ -187,15 +172,15 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | Mv
             found[place] = error
     if not opened:
         return list(found.values())
-    with ThreadPoolExecutor(max_workers=len(opened)) as coders:
+    with ThreadPoolExecutor(max_workers=2 * len(opened)) as coders:
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            tables = index.to(torch.int32).cpu().numpy()
-            return decode_sections(opened, step, tables, coders).to(mu.device) + mu
+            return to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device) + mu
 
-        z_hat = torch.from_numpy(np.concatenate([view.z_hat for view in opened])).to(model.device)
+        z_hat = to_device(torch.from_numpy(np.concatenate([view.z_hat for view in opened])), model.device)
         y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)
+        verify_sections(opened)
     for view, decoded in zip(opened, y_hat.split(1), strict=True):
         found[view.place] = view.verified(decoded)
     return [found[place] for place in range(len(streams))]
@@ -204,7 +189,13 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | Mv
 def decode_sections(opened: Sequence[_Opened], step: int, tables: NDArray[np.int32], coders: Executor) -> Tensor:
     """The symbols of one step of all views [B, C, h, w], from the tables of each: beside one another."""
     run = map if len(opened) == 1 else coders.map
-    return torch.from_numpy(np.stack(list(run(lambda view, table: view.section(step, table), opened, tables))))
+    return torch.from_numpy(np.stack(list(run(lambda view, table: view.section(step, table, coders), opened, tables))))
+
+
+def verify_sections(opened: Sequence[_Opened]) -> None:
+    """Wait for what the threads still have to look at."""
+    for view in opened:
+        view.verify()
 
 
 class _Opened:
@@ -223,18 +214,33 @@ class _Opened:
             raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
         self.payloads += [None] * missing
         self.wrong: _WrongIntegers | None = None
+        self.verifying: dict[int, Future[None]] = {}  # by step
 
-    def section(self, step: int, table: NDArray[np.int32]) -> NDArray[np.int32]:
+    def section(self, step: int, table: NDArray[np.int32], coders: Executor) -> NDArray[np.int32]:
         """The symbols of a step, shaped as `table`; zeros for what is lost or not to be believed: mu then stands."""
         payload = self.payloads[step]
         if payload is None or self.wrong is not None:
             return np.zeros_like(table)
         try:
-            return entropy.decode(payload, table.ravel(), self.model.gaussian).reshape(table.shape)
+            symbols, verify = entropy.decode_ahead(payload, table.ravel(), self.model.gaussian)
         except BitstreamError as error:
-            # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
-            self.wrong = _WrongIntegers(step // 2, f"{error}; its parameters differ from the encoder's")
+            self._distrust(step, error)
             return np.zeros_like(table)
+        self.verifying[step] = coders.submit(verify)
+        return symbols.reshape(table.shape)
+
+    def verify(self) -> None:
+        """What the threads made of the sections: the first that is wrong counts, what came after it is as wrong."""
+        for step, verified in self.verifying.items():
+            try:
+                verified.result()
+            except BitstreamError as error:
+                self._distrust(step, error)
+                break
+
+    def _distrust(self, step: int, error: BitstreamError) -> None:
+        # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
+        self.wrong = _WrongIntegers(step // 2, f"{error}; its parameters differ from the encoder's")
 
     def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
         """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from mvcodec import codec, entropy, latents
+from mvcodec.graphs import Chain
 from mvcodec.weights import Model
 
 OTHER = "other"
@@ -22,12 +23,14 @@ MODULES = {"g_a": "g_a", "h_a": "h_a", "h_s": "h_s", "para_em": "Para-EM", "para
 FUNCTIONS = [
     (codec, "to_unit", "to tensor"),
     (codec, "to_image", "to picture"),
+    (codec, "cleaned", "refine"),
     (codec, "pack", "container"),
     (codec, "unpack", "parse"),
     (entropy, "encode", "coder"),
     (entropy, "decode", "coder"),
     (latents, "finish", "coder"),
     (latents, "decode_sections", "coder"),
+    (latents, "verify_sections", "coder"),
 ]
 
 
@@ -60,7 +63,7 @@ class Stopwatch:
 
     def _charge(self) -> None:
         """Give the time since the last event to the innermost open stage."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize(self.device)  # kernels run on after their call returns
         now = self.clock()
         if self._open:
@@ -72,9 +75,18 @@ class Stopwatch:
 @contextmanager
 def watched(model: Model, watch: Stopwatch) -> Iterator[None]:
     """Inside this block `watch` sees every stage of the codec; what belongs to none is `OTHER`."""
+    stages = {getattr(model.net, attribute): stage for attribute, stage in MODULES.items()}
+    replay = Chain.replay
+
+    def replayed(chain: Chain, *inputs: Any) -> Any:
+        """A graph calls no module."""
+        stage = stages.get(chain.function)
+        with watch.stage(stage) if stage else nullcontext():
+            return replay(chain, *inputs)
+
     with ExitStack() as stack:
-        for attribute, stage in MODULES.items():
-            module = getattr(model.net, attribute)
+        stack.enter_context(patch.object(Chain, "replay", replayed))
+        for module, stage in stages.items():
             if module is None:
                 continue
 
@@ -86,8 +98,7 @@ def watched(model: Model, watch: Stopwatch) -> Iterator[None]:
 
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        alone = [] if model.net.refinement is None else [(model.net.refinement, "clean", MODULES["refinement"])]
-        for home, attribute, stage in (*FUNCTIONS, *alone):  # a view without peers calls no more than `clean`
+        for home, attribute, stage in FUNCTIONS:
             stack.enter_context(patch.object(home, attribute, _timed(getattr(home, attribute), stage, watch)))
         stack.enter_context(watch.stage(OTHER))
         yield

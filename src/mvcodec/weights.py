@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mvcodec.exact.fixed import EXP_LENGTH, WEIGHT_ONE, exp_table
 from mvcodec.exact.quantise import fix, quantise
 from mvcodec.exact.stored import exact_layers, load_tensors, to_tensors
 from mvcodec.files import atomic, shipped
+from mvcodec.graphs import PLAIN, Graphs, graphs_on
 from mvcodec.parahydra import ModelConfig, ParaHydra
 
 FORMAT = "mvcodec-weights-2"
@@ -57,10 +58,15 @@ class Model:
     id: bytes  # 8 bytes, see the module's docstring
     path: Path
     about: Mapping[str, str]  # training history from the file's metadata
+    graphs: Graphs = field(default=PLAIN, compare=False, repr=False)  # what its networks are called through
 
     @property
     def device(self) -> torch.device:
         return self.net.gain.log_gain.device
+
+    def within(self, max_memory: int | None) -> Model:
+        """Itself, or where memory is to stay within so many bytes without graphs, which hold theirs between calls."""
+        return self if max_memory is None or self.graphs is PLAIN else replace(self, graphs=PLAIN)
 
     @cached_property
     def fuses(self) -> bool:
@@ -241,7 +247,8 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
         if module is not None:
             module.to(memory_format=torch.channels_last)
     boundaries = torch.from_numpy(thresholds / 65536).to(device)
-    return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, path, about)
+    graphs = graphs_on(torch.device(device))
+    return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, path, about, graphs)
 
 
 @lru_cache

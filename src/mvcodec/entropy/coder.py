@@ -9,7 +9,8 @@ reads zeros behind its end, so a section has no padding and no length of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from constriction import stream
@@ -70,6 +71,16 @@ def decode(data: bytes, table_index: ArrayLike, tables: Tables) -> NDArray[np.in
     other bytes are refused, left over, cut or rewritten.
     Raises BitstreamError for bytes that no encoder writes.
     """
+    symbols, verify = decode_ahead(data, table_index, tables)
+    verify()
+    return symbols
+
+
+def decode_ahead(data: bytes, table_index: ArrayLike, tables: Tables) -> tuple[NDArray[np.int32], Callable[[], None]]:
+    """`decode` in two parts: the symbols, and what codes them once more, for another thread to call.
+
+    The symbols are safe to use but not to be believed before that has returned. Either part may raise BitstreamError.
+    """
     index = _checked_index(table_index, tables)
     order = np.argsort(index, kind="stable")
     padded = data + bytes(-len(data) % 4)
@@ -96,11 +107,14 @@ def decode(data: bytes, table_index: ArrayLike, tables: Tables) -> NDArray[np.in
         raise BitstreamError("entropy-coded section holds a value that no encoder writes") from error
     if escaped and np.abs(values).max() > MAX_SYMBOL:
         raise BitstreamError(f"entropy-coded section holds a symbol beyond +-{MAX_SYMBOL}")
-    if _encode_sorted(values, index, tables) != data:
-        raise BitstreamError("entropy-coded section is not the shortest code of its symbols")
     symbols = np.empty_like(values)
     symbols[order] = values
-    return symbols
+    return symbols, partial(_verify, data, values, index, tables)
+
+
+def _verify(data: bytes, values: NDArray[np.int32], index: NDArray[np.uint16], tables: Tables) -> None:
+    if _encode_sorted(values, index, tables) != data:
+        raise BitstreamError("entropy-coded section is not the shortest code of its symbols")
 
 
 def _checked_index(table_index: ArrayLike, tables: Tables) -> NDArray[np.uint16]:
