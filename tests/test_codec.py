@@ -54,6 +54,20 @@ def test_one_walk_for_many_views_decodes_what_one_for_each_does(tiny_model):
         assert one[1] == other[1]
 
 
+def test_a_section_that_is_not_the_code_of_its_symbols_is_found_beside_the_network(tiny_model):
+    """It decodes to the right symbols; only coding them once more shows it, when later steps are done already."""
+    stream = unpack(encoded(tiny_model, 70, 100))
+    slices = list(stream.slices)
+    slices[1] = dataclasses.replace(slices[1], anchor=slices[1].anchor + b"\1")
+    with torch.inference_mode():
+        (found,) = decode_intact(tiny_model, [dataclasses.replace(stream, slices=tuple(slices))])
+        assert isinstance(found, DesyncError)
+        assert str(found).startswith("slice 1: entropy-coded section is not the shortest code")
+        slices[3] = dataclasses.replace(slices[3], anchor=b"\xff" * 40)
+        (other,) = decode_intact(tiny_model, [dataclasses.replace(stream, slices=tuple(slices))])
+    assert str(other) == str(found)  # the first that is wrong, whichever thread found another
+
+
 def test_views_of_one_size_are_decoded_in_one_walk_and_none_where_memory_is_short(tiny_model, monkeypatch):
     files = [
         encoded(tiny_model, *size, seed=k, camera_id=str(k)) for k, size in enumerate([(70, 100), (30, 40), (66, 90)])

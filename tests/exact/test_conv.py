@@ -79,6 +79,18 @@ def test_the_input_that_attains_the_bound_is_exact(name, backend):
     assert torch.equal(found * f, sums.double())
 
 
+@pytest.mark.parametrize("kind", ["large", "saturated"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_matrix_products_of_a_gpu_compute_the_definition(name, kind, monkeypatch):
+    layer = LAYERS[name]()
+    layer.set_integers(drawn(layer, Backend.FLOAT64))
+    monkeypatch.setattr(layer, "_exact_sum", lambda x, w, b: layer.sum_by_products(x.to(w.dtype), w, b))
+    x = inputs(layer, kind)
+    with torch.no_grad():
+        found = FIXED.convolve(layer, torch.from_numpy(x).float())
+    assert np.array_equal(found.numpy(), reference(layer, x))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_narrow_layer_that_does_not_fit_one_convolution_is_split_after_its_shift(name):
     """A bias, centred after the grid was chosen, may leave no room."""

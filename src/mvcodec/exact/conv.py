@@ -184,7 +184,7 @@ class ExactConvolution(Block):
         """By kernels that only multiply and add. cuDNN may choose others: there, matrix products in float64."""
         x = x.to(weight.dtype)
         if x.is_cuda:
-            return self.sum_by_taps(x, weight, bias)
+            return self.sum_by_products(x, weight, bias)
         pointwise = self.kernel_size == (1, 1) and weight.numel() > ONEDNN_PAYS and weight.dtype is torch.float32
         if pointwise and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             # With one thread torch would take MKL's matrix product, half as fast where the processor is not Intel's.
@@ -203,6 +203,10 @@ class ExactConvolution(Block):
     def sum_by_taps(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The convolution as one matrix product per tap, for any number type: int64 is the tests' reference."""
         raise NotImplementedError
+
+    def sum_by_products(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The convolution as a GPU computes it exactly: by few matrix products."""
+        return self.sum_by_taps(x, weight, bias)
 
     def _sum(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise NotImplementedError
@@ -233,6 +237,13 @@ class Conv(ExactConvolution, nn.Conv2d):
     def sum_by_taps(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         reach = self.kernel_size[0] // 2
         return _taps(F.pad(x, (reach, reach, reach, reach)), weight, bias, self.groups > 1)
+
+    def sum_by_products(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """One product with all that the taps meet, unless every channel is by itself: fewer launches."""
+        if self.groups > 1:
+            return self.sum_by_taps(x, weight, bias)
+        met = x.flatten(2) if self.kernel_size == (1, 1) else F.unfold(x, self.kernel_size, padding=self.padding)
+        return (weight.flatten(1) @ met).add_(bias[:, None]).unflatten(2, x.shape[2:])
 
 
 class ConvTranspose(ExactConvolution, nn.ConvTranspose2d):  # type: ignore[misc]  # forward has no output_size
