@@ -25,17 +25,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from mvcodec import codec, images, selftest, weights
+from mvcodec import codec, images, latents, selftest, weights
 from mvcodec.cli import THREADS
 from mvcodec.container import unpack
 from mvcodec.evaluation import speed
 from mvcodec.files import shipped
+from mvcodec.graphs import PLAIN
 from mvcodec.images import Image
 from mvcodec.latents import decode_latents
 from mvcodec.stages import Stopwatch
@@ -74,8 +78,9 @@ def exact(options: argparse.Namespace) -> Iterator[Record]:
     file = codec.encode_image(model, view(*options.cases[0][:2]), QUALITY)
     other = weights.load_model(model.path, "cpu")
     with torch.inference_mode():
-        here, there = (decode_latents(m, unpack(file)).cpu() for m in (model, other))
-    yield {"integers_as_on_cpu": torch.equal(here, there)}
+        wanted = decode_latents(other, unpack(file))
+        found = [decode_latents(model, unpack(file)).cpu() for _ in range(4)]  # the last two through graphs
+    yield {"integers_as_on_cpu": [torch.equal(x, wanted) for x in found], "graphs": model.graphs.state()}
     for name, sentence in selftest.run(model):
         yield {"selftest": name, "about": sentence}
 
@@ -88,6 +93,57 @@ def fast(options: argparse.Namespace) -> Iterator[Record]:
 def paper(options: argparse.Namespace) -> Iterator[Record]:
     yield from times(options, "paper", options.cases)
     yield from profiles(options, "paper")
+
+
+def graphs(options: argparse.Namespace) -> Iterator[Record]:
+    """What graphs save, what the first calls of a size take until they are there, and the memory they hold."""
+    for name in ("fast", "paper"):
+        model = options.load(name)
+        began = time.perf_counter()
+        codec.encode_image(model, view(*options.cases[0][:2]), QUALITY)
+        speed.synchronise(model.device)
+        yield {"model": model.name, "first_encode_of_all_ms": round(1000 * (time.perf_counter() - began), 1)}
+        with model.graphs.off():
+            found = tasks(model, options.cases[0])
+        for task_name, task in found.items():
+            times = {}
+            for way in ("without", "with"):
+                speed.forget_peak_memory(model.device)
+                with model.graphs.off() if way == "without" else nullcontext():
+                    once = partial(task, Stopwatch(model.device))
+                    calls = speed.seconds_of(once, 3 + options.runs, 0, model.device)
+                times[f"{way}_ms"] = speed.spread(calls[3:])["median_ms"]
+                times[f"first_calls_{way}_ms"] = [round(1000 * seconds, 1) for seconds in calls[:3]]
+                times[f"peak_memory_{way}_mb"] = round(speed.peak_memory_bytes(model.device) / 1e6)
+            yield {"model": model.name, "task": task_name, **times, "graphs": model.graphs.state()}
+
+
+class Inline:
+    """An executor that does everything at once, in the caller's thread."""
+
+    def __init__(self, max_workers: int) -> None:
+        self.map = map
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*given))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+def serial(options: argparse.Namespace) -> Iterator[Record]:
+    """The coder in the network's own thread, view after view: what overlapping saves."""
+    model = options.load("fast")
+    with patch.object(latents, "ThreadPoolExecutor", Inline):
+        yield from measured(options, model, options.cases[0])
 
 
 def compiled(options: argparse.Namespace) -> Iterator[Record]:
@@ -108,9 +164,10 @@ def walks(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def large(options: argparse.Namespace) -> Iterator[Record]:
-    """8K x 8K is to fit in 24 GiB, alone and with a peer, 16 views of 1080p in 12 GiB."""
+    """8K x 8K is to fit in 24 GiB, alone and with a peer, 16 views of 1080p in 12 GiB. No graphs, as with a budget."""
     options.runs = 1
-    yield from times(options, "fast", SMALL if options.small else LARGE)
+    with patch.object(weights, "graphs_on", lambda _: PLAIN):
+        yield from times(options, "fast", SMALL if options.small else LARGE)
 
 
 def cpu(options: argparse.Namespace) -> Iterator[Record]:
@@ -122,7 +179,7 @@ def cpu(options: argparse.Namespace) -> Iterator[Record]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
-    part.__name__: part for part in (machine, fast, paper, exact, walks, cpu, large, compiled)
+    part.__name__: part for part in (machine, fast, paper, exact, graphs, serial, walks, cpu, large, compiled)
 }
 
 
@@ -162,7 +219,7 @@ def measured(options: argparse.Namespace, model: Model, case: Case) -> Iterator[
         files = sum(record["stages"].get(s, NOTHING)["median_ms"] for s in FILES)
         record["codec_ms"] = round(record["total_ms"] - files, 3)
         # The stages are synchronised to be told apart; without that, files included, what runs side by side may do so.
-        free = speed.seconds_of(lambda task=task: task(Stopwatch(model.device)), options.runs, 0, model.device)
+        free = speed.seconds_of(partial(task, Stopwatch(model.device)), options.runs, 0, model.device)
         record["unwatched_ms"] = speed.spread(free)["median_ms"]
         if case == GOAL_CASE:
             record["goal_ms"] = GOALS_MS.get((options.part, name))
@@ -176,7 +233,8 @@ def profiles(options: argparse.Namespace, name: str) -> Iterator[Record]:
     model = options.load(name)
     for task_name, task in tasks(model, options.cases[0]).items():
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        task(Stopwatch(model.device))
+        for _ in range(2):  # the third call replays what the second has recorded
+            task(Stopwatch(model.device))
         with torch.profiler.profile(activities=activities) as profile:
             task(Stopwatch(model.device))
         kernels = [e for e in profile.key_averages() if str(e.device_type).endswith("CUDA")]

@@ -149,6 +149,20 @@ def devices(model: Model) -> str:
     return f"{count} drawn pictures: the files of CPU and {torch.cuda.get_device_name(model.device)} are the same bytes"
 
 
+def replays(model: Model) -> str:
+    """Recorded graphs give the files and integers of the networks they were recorded from."""
+    if model.graphs.state() is None:
+        return "no graphs without a GPU"
+    for seed in range(6):
+        y, z = (x.to(model.device) for x in drawn_latents(model, 12, 16, seed))
+        replayed = encode_latents(model, y, z, seed / 6)
+        with model.graphs.off():
+            called = encode_latents(model, y, z, seed / 6)
+        if replayed[:2] != called[:2] or not torch.equal(replayed.y_hat, called.y_hat):
+            raise Failed(f"a graph gives other integers than the networks it was recorded from (picture {seed})")
+    return f"6 drawn pictures through graphs and without: the same bytes ({model.graphs.state()})"
+
+
 def surroundings(model: Model) -> str:
     """The same digest in processes with other threads, without oneDNN, and on lesser processors."""
     digests = {}
@@ -189,6 +203,7 @@ CHECKS: tuple[Check, ...] = (
     coder,
     all_backends,
     devices,
+    replays,
     golden,
     surroundings,
 )

@@ -25,7 +25,7 @@ class Fetched:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> NDArray[Any]:
         """As an array; of pinned memory, where it comes from a GPU: scarce, not for keeping."""

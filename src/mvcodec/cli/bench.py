@@ -33,7 +33,9 @@ def _size(ctx: click.Context, option: click.Parameter, value: str | None) -> tup
 @click.argument("inputs", nargs=-1, metavar="[PICTURE|DIR]...")
 @click.option("-q", "--quality", type=click.FloatRange(0, 100), default=50.0, show_default=True)
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Measured repetitions.")
-@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Unmeasured ones before.")
+@click.option(
+    "--warmup", type=click.IntRange(min=0), help="Unmeasured ones before. Default: 1; 2 on a GPU, which records graphs."
+)
 @click.option("--views", type=click.IntRange(min=1), metavar="K", help="Decode so many views. Default: all pictures.")
 @click.option("--size", metavar="WxH", callback=_size, help="Repeat and cut the pictures to this size.")
 @click.option("--preview", is_flag=True, help="Decode each view alone.")
@@ -51,7 +53,7 @@ def bench(
     inputs: tuple[str, ...],
     quality: float,
     runs: int,
-    warmup: int,
+    warmup: int | None,
     views: int | None,
     size: tuple[int, int] | None,
     preview: bool,
@@ -78,6 +80,7 @@ def bench(
     else:
         folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
         loaded = speed.untrained(untrained, Path(folder), api.resolve_device(device))
+    warmup = (1 if loaded.device.type == "cpu" else 2) if warmup is None else warmup
     given = [images.read(path) for path in paths]
     if size is not None:
         given = [speed.of_size(view, *size) for view in given]
@@ -121,6 +124,8 @@ def _table(record: dict[str, Any]) -> str:
         beside = "" if floor is None else f"   floor {floor:>8.1f}"
         lines.append(f"  {stage:<12}{spread['median_ms']:>10.1f} ms  +-{spread['iqr_ms']:>8.1f}{beside}")
     lines.append(f"  {'total':<12}{record['total_ms']:>10.1f} ms  +-{record['total_iqr_ms']:>8.1f}")
+    for name, reason in ((record.get("graphs") or {}).get("refused") or {}).items():
+        lines.append(f"  {name} runs without a graph: {reason}")
     rates = f"{record['mp_per_s']} MP/s, {record['frames_per_s']} frames/s, " if "mp_per_s" in record else ""
     lines.append(f"  {rates}peak memory {record['peak_memory_mb']} MB, {record['threads']} threads")
     return "\n".join(lines)

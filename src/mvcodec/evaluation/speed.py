@@ -86,6 +86,7 @@ def measure(task: Task, model: Model, runs: int, warmup: int, clock: Callable[[]
         "total_ms": total["median_ms"],
         "total_iqr_ms": total["iqr_ms"],
         "peak_memory_mb": round(peak_memory_bytes(model.device) / 1e6),
+        "graphs": model.graphs.state(),
     }
 
 
@@ -116,6 +117,7 @@ def synchronise(device: torch.device) -> None:
 def forget_peak_memory(device: torch.device) -> None:
     """From here on the peak is counted anew; on a CPU where the system can (Linux)."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what is kept of earlier work is not this work's
         torch.cuda.reset_peak_memory_stats(device)
     elif (counters := Path("/proc/self/clear_refs")).exists():
         with suppress(OSError, AttributeError):
@@ -124,9 +126,9 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of the GPU's tensors, or on the CPU of this process."""
+    """Of what torch holds of the GPU, graphs and what is kept for later included, or on the CPU of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if (status := Path("/proc/self/status")).exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(peak.split()[1])
@@ -218,7 +220,8 @@ def count_work(model: Model, task: Task) -> dict[str, Work]:
             for layer in part.modules() if part is not None else ():
                 if hasattr(layer, "transposed"):  # torch's convolutions and the exact ones
                     stack.callback(layer.register_forward_hook(counter(stage)).remove)
-        task(Stopwatch(model.device))
+        with model.graphs.off():  # replays call no module
+            task(Stopwatch(model.device))
     return work
 
 

@@ -242,8 +242,13 @@ class Conv(ExactConvolution, nn.Conv2d):
         """One product with all that the taps meet, unless every channel is by itself: fewer launches."""
         if self.groups > 1:
             return self.sum_by_taps(x, weight, bias)
-        met = x.flatten(2) if self.kernel_size == (1, 1) else F.unfold(x, self.kernel_size, padding=self.padding)
-        return (weight.flatten(1) @ met).add_(bias[:, None]).unflatten(2, x.shape[2:])
+        met = (
+            x.flatten(2)
+            if self.kernel_size == (1, 1)
+            else F.unfold(x, self.kernel_size, padding=self.kernel_size[0] // 2)
+        )
+        total = (weight.flatten(1) @ met).add_(bias[:, None])
+        return total.reshape(len(x), -1, *x.shape[2:])
 
 
 class ConvTranspose(ExactConvolution, nn.ConvTranspose2d):  # type: ignore[misc]  # forward has no output_size
