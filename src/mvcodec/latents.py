@@ -96,12 +96,12 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
     if not (y.isfinite().all() and z.isfinite().all()):
         raise ModelError("the encoder's networks gave numbers that are not finite; their weights are damaged")
     z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-    hyper = entropy.encode(_integers(z_hat), _hyper_index(z_hat.shape), model.hyper)
     halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]
     sections: list[Future[bytes]] = []
     estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
 
     with ThreadPoolExecutor(max_workers=1) as coder:  # beside the network, which knows the next values already
+        hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), model)
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
@@ -114,9 +114,14 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
 
         y_hat = walk(model, z_hat, t, code)
         checks = slice_checks(model, y_hat)
-        done = finish(sections)
+        first, *done = finish([hyper, *sections])
     slices = tuple(Slice(done[2 * i], done[2 * i + 1], check) for i, check in enumerate(checks))
-    return EncodedLatents(hyper, slices, y_hat, sum(estimates))
+    return EncodedLatents(first, slices, y_hat, sum(estimates))
+
+
+def _encode_hyper(coming: Fetched, model: Model) -> bytes:
+    z_hat = coming.wait()
+    return entropy.encode(z_hat.ravel(), _hyper_index(z_hat.shape), model.hyper)
 
 
 def _encode_section(coming: Fetched, model: Model) -> bytes:
@@ -286,10 +291,6 @@ class _WrongIntegers(DesyncError):
 
 def _sides(header: Header) -> tuple[int, int]:
     return header.height, header.width
-
-
-def _integers(values: Tensor) -> NDArray[np.int32]:
-    return values.to(torch.int32).flatten().cpu().numpy()
 
 
 def _hyper_index(shape: tuple[int, ...] | torch.Size) -> NDArray[np.int32]:
