@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,16 +33,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvcodec import codec, images, latents, selftest, weights
+from mvcodec import codec, entropy, images, latents, selftest, weights
 from mvcodec.cli import THREADS
 from mvcodec.container import unpack
 from mvcodec.evaluation import speed
+from mvcodec.exact.conv import ExactConvolution
+from mvcodec.exact.proof import Backend
 from mvcodec.files import shipped
 from mvcodec.graphs import PLAIN
 from mvcodec.images import Image
 from mvcodec.latents import decode_latents
-from mvcodec.stages import Stopwatch
+from mvcodec.stages import Stopwatch, watched
 from mvcodec.weights import Model
 
 Record = dict[str, Any]
@@ -118,6 +121,76 @@ def graphs(options: argparse.Namespace) -> Iterator[Record]:
             yield {"model": model.name, "task": task_name, **times, "graphs": model.graphs.state()}
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that are not mere views: on a GPU each is a kernel or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        first = args[0] if args else None
+        shared = isinstance(first, torch.Tensor) and isinstance(result, torch.Tensor) and result is not first
+        self.count += not (shared and first.untyped_storage().data_ptr() == result.untyped_storage().data_ptr())
+        return result
+
+
+def as_on_a_gpu(layer: ExactConvolution, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return layer.sum_by_products(x.to(weight.dtype), weight, bias)
+
+
+def launches(options: argparse.Namespace) -> Iterator[Record]:
+    """How many operations each stage issues; on a CPU, too, the entropy path's are those of a GPU."""
+    for name in ("fast", "paper"):
+        model = options.load(name)
+        for layer in selftest.entropy_layers(model).values():
+            layer.set_integers(layer.integers, Backend.FLOAT64)
+        for task_name, task in tasks(model, options.cases[0]).items():
+            counted = Launches()
+            watch = Stopwatch(model.device, clock=lambda counted=counted: counted.count)
+            with (
+                patch.object(ExactConvolution, "_exact_sum", as_on_a_gpu),
+                model.graphs.off(),
+                watched(model, watch),
+                counted,
+            ):
+                task(watch)
+            stages = {stage: int(count) for stage, count in watch.seconds.items() if stage not in FILES}
+            yield {"model": model.name, "task": task_name, "operations": stages}
+
+
+def coder(options: argparse.Namespace) -> Iterator[Record]:
+    """One view's sections: what the network waits for, what is verified beside it, and what threads gain for two."""
+    model = options.load("fast")
+    file = codec.encode_image(model, view(*options.cases[0][:2]), QUALITY)
+    sections: list[tuple[Any, ...]] = []
+    decode = entropy.decode_ahead
+    with patch.object(entropy, "decode_ahead", lambda *given: sections.append(given) or decode(*given)):
+        codec.decode_set(model, [file])
+    verifying = [decode(*given)[1] for given in sections]
+
+    def once(_: int = 0) -> None:
+        for given in sections:
+            decode(*given)
+
+    def several(threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(once, range(2)))
+
+    host = torch.device("cpu")
+    for what, work in (
+        ("symbols", once),
+        ("verifying", lambda: [verify() for verify in verifying]),
+        ("two views in one thread", lambda: several(1)),
+        ("two views in two threads", lambda: several(2)),
+    ):
+        wall, processor = (
+            speed.seconds_of(work, options.runs, 1, host, clock) for clock in (speed.WALL, speed.PROCESSOR)
+        )
+        yield {"coder": what, "wall": speed.spread(wall), "processor": speed.spread(processor), "bytes": len(file)}
+
+
 class Inline:
     """An executor that does everything at once, in the caller's thread."""
 
@@ -179,7 +252,8 @@ def cpu(options: argparse.Namespace) -> Iterator[Record]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
-    part.__name__: part for part in (machine, fast, paper, exact, graphs, serial, walks, cpu, large, compiled)
+    part.__name__: part
+    for part in (machine, fast, paper, exact, graphs, serial, walks, launches, coder, cpu, large, compiled)
 }
 
 
