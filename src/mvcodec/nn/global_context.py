@@ -13,7 +13,7 @@ from mvcodec.exact.arithmetic import FLOAT, Arithmetic, Block
 from mvcodec.exact.conv import Conv
 from mvcodec.nn.checkerboard import merge, split
 from mvcodec.nn.layers import DepthResidualBlock
-from mvcodec.nn.parallax_attention import CHUNK_ELEMENTS, whole_and_rest
+from mvcodec.nn.parallax_attention import entries_at_once, whole_and_rest
 
 
 def attend_anchors(
@@ -21,13 +21,14 @@ def attend_anchors(
     key: Tensor,
     value: Tensor,
     tile: int = 0,
-    chunk: int = CHUNK_ELEMENTS,
+    chunk: int | None = None,
     arithmetic: Arithmetic = FLOAT,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(C)) V over half-grids [B, C, H, W / 2], queries in chunks (exact).
 
     tile: attention stays within tiles of so many positions a side; 0 lets it reach everywhere.
     """
+    chunk = chunk or entries_at_once(query.device)
     height, width = query.shape[2:]
     if tile and (height > tile or width > tile // 2):
         rows = []

@@ -22,7 +22,10 @@ from torch import Tensor
 from mvcodec.exact.arithmetic import FLOAT, Arithmetic, Block
 from mvcodec.nn.selective_kernel import SelectiveKernel
 
-CHUNK_ELEMENTS = 1 << 18  # attention entries held at once: few enough to stay in the processor's cache
+
+def entries_at_once(device: torch.device) -> int:
+    """Attention entries to hold: few enough for a processor's cache, enough to keep a GPU busy (some 200 MB)."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22
 
 
 class Aligned(NamedTuple):
@@ -52,7 +55,7 @@ def attend_rows(
     value: Tensor,
     scale: float,
     segment: int = 0,
-    chunk: int = CHUNK_ELEMENTS,
+    chunk: int | None = None,
     arithmetic: Arithmetic = FLOAT,
 ) -> Aligned:
     """HPA, Eq. (8)-(11): query, key [N, C, H, W], value [N, D, H, W]; every row attends to the same row.
@@ -69,7 +72,7 @@ def attend_rows(
             pieces.append([x.unflatten(2, (height, count)).flatten(3) for x in found])
         return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
     q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
-    rows = max(1, chunk // (width * width))
+    rows = max(1, (chunk or entries_at_once(query.device)) // (width * width))
     features, consistencies = [], []
     for start in range(0, n * height, rows):
         part = slice(start, start + rows)
@@ -90,7 +93,7 @@ def attend_columns(
     value: Tensor,
     scale: float,
     segment: int = 0,
-    chunk: int = CHUNK_ELEMENTS,
+    chunk: int | None = None,
     arithmetic: Arithmetic = FLOAT,
 ) -> Aligned:
     """VPA: HPA with rows and columns exchanged."""
@@ -104,7 +107,7 @@ def attend_everywhere(
     value: Tensor,
     scale: float,
     segment: int = 0,
-    chunk: int = CHUNK_ELEMENTS,
+    chunk: int | None = None,
     arithmetic: Arithmetic = FLOAT,
 ) -> Aligned:
     """Full two-dimensional attention, O(N^4): the paper's `2D attention` ablation, as one row of H W positions."""
