@@ -36,8 +36,9 @@ USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in on
 PROGRAM = 1_000_000_000  # Python, torch and the weights
 WALK = 120  # per pixel of the view that goes through the entropy path
 HELD = 50  # per pixel of each other view
-ALIGNED = 125  # per pixel of each view, where views are aligned with one another
-PAIR = 26  # per pixel of each view that helps another
+ALIGNED = 115  # per pixel of each view, where views are aligned with one another
+PEER = 80  # per pixel of each view that helps the one at work
+WAITING = 12  # per pixel of each way back that was found with the way there and waits for its turn
 WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
 FUSING = 250  # or the peers' part of the refinement
 SEARCHING = {"klt": 1500, "paper": 4500}  # per pixel of a tile of the encoder's search, which is SMALLEST a side
@@ -54,7 +55,8 @@ def pixels_at_once(
     """
     if max_memory is None:
         return USUAL
-    per_pixel = views * (ALIGNED + PAIR * peers) if peers else WALK + HELD * (views - 1)
+    waiting = min(views**2 // 4, views * peers // 2)
+    per_pixel = views * ALIGNED + peers * PEER + waiting * WAITING if peers else WALK + HELD * (views - 1)
     working = max(WORKING[transform], FUSING if peers else 0)
     held, least = PROGRAM + per_pixel * pixels, max(working, SEARCHING[transform] * searched) * SMALLEST**2
     if max_memory < held + least:
