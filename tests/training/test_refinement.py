@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvcodec.errors import UsageError
-from mvcodec.training import refinement
+from mvcodec.training import refinement, steadying
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import train
@@ -15,8 +15,10 @@ from mvcodec.weights import load_model
 
 @pytest.fixture
 def config(scenes_folder, tmp_path, monkeypatch):
-    for name, value in {"WINDOW": 128, "CROP": 96, "TRAINED_CROP": 64, "SETS": 2}.items():
+    for name, value in {"WINDOW": 128, "PAIR_WINDOW": 128, "CROP": 96, "TRAINED_CROP": 64, "SETS": 2}.items():
         monkeypatch.setattr(refinement, name, value)
+    for name, value in {"TRIES": 2, "STEPS": 2, "OVERLAP": 0.0}.items():
+        monkeypatch.setattr(steadying, name, value)
     single = TrainConfig(
         data=str(scenes_folder), run_dir=str(tmp_path / "single"), profile="tiny", steps=1, batch=1, crop=64, threads=1
     )
@@ -29,13 +31,16 @@ def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
     before = torch.load(config.start_from, weights_only=True)["ema"]
     checkpoint = train(config, progress=False)
     after = torch.load(checkpoint, weights_only=True)["ema"]
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert "refinement.pair_out.weight" in changed
+    changed = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
+    assert {"refinement.pair_out.weight", "refinement.steady.last.weight"} <= changed
+    assert after["refinement.steady.last.weight"].any()
     peerless = ("refinement.look.", "refinement.clean_out.")
     assert all(name.startswith("refinement.") and not name.startswith(peerless) for name in changed)
     single = export_checkpoint(config.start_from, tmp_path / "single.safetensors")
     assert export_checkpoint(checkpoint, tmp_path / "refined.safetensors") == single
-    assert load_model(tmp_path / "refined.safetensors").net.config.refine == "aligned"
+    refined = load_model(tmp_path / "refined.safetensors").net
+    assert refined.config.refine == "aligned"
+    assert refined.refinement.steady is not None
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvcodec.nn.alignment import Sight, sights
+from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.nn.warping import bands, warp
 from mvcodec.tiling import Span, spans, tiled
 
@@ -92,6 +93,10 @@ class AlignedRefinement(nn.Module):
             nn.LeakyReLU(0.1),
             _zero(nn.Conv2d(width, 12, 3, padding=1)),
         )
+        # Weights that hold it bring it along, others switch it off: it is no part of the configuration, so that the
+        # two can read each other's files.
+        self.steady: SteadyFlow | None
+        self.register_module("steady", None)
 
     @torch.no_grad()
     def forward(
@@ -120,7 +125,7 @@ class AlignedRefinement(nn.Module):
         if peers and views > 1:
             # The peers of every view are the cleaned views, not the ones that their peers have refined.
             cleaned = refined.clone()
-            for i, sight in enumerate(sights(cleaned, max_peers)):
+            for i, sight in enumerate(sights(cleaned, max_peers, self.steady, quality)):
                 overlap = sight.consistency.mean((1, 2, 3)) >= MIN_OVERLAP
                 able = [float(quality[j]) >= float(quality[i]) - MAX_COARSER for j in sight.peers]
                 kept = [n for n in range(len(sight.peers)) if overlap[n] and able[n]]
@@ -212,9 +217,13 @@ class AlignedRefinement(nn.Module):
         return Fused(main + _restore(strongest.repeat(1, 3, 1, 1) * residual, main), shares)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Older weights hold a learned correction of the flow, which the epipolar lines made worthless."""
+        """Older weights do not steady the flow, or hold a correction of it that the epipolar lines made worthless."""
         for name in [name for name in state_dict if name.startswith(f"{prefix}polish.")]:
             del state_dict[name]
+        if not any(name.startswith(f"{prefix}steady.") for name in state_dict):
+            self.steady = None
+        elif self.steady is None:
+            self.steady = SteadyFlow().to(self.pair_out.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -1,4 +1,4 @@
-"""Dense sub-pixel alignment between decoded views: no weights, any device, linear in the number of pairs.
+"""Dense sub-pixel alignment between decoded views: no weights but the last step's, any device, linear in the pairs.
 
     picture -> grey pyramid of flattened light, gradient histograms       once per view
     histograms, all cells against all -> mutual matches -> filled flow    1/16: any shift, some rotation; matching.py
@@ -8,6 +8,7 @@
     combined local-global flow, coarse to fine                            1/8 .. 1: local_flow.py
     epipolar lines of that flow draw its last steps                       1/2, 1: epipolar.py
     both directions -> round-trip error -> consistency in [0, 1]
+    a small network steadies what it knows to be noise                    1/4 of the size: steady_flow.py
 
 Warps better than OpenCV's DIS (medium) on WebP-decoded real pairs, and reaches where that finds nothing (shifts beyond
 about a tenth of the width). What it costs: docs/joint.md.
@@ -24,6 +25,7 @@ from mvcodec.nn.epipolar import epipolar_lines
 from mvcodec.nn.filters import blur, local_mean
 from mvcodec.nn.local_flow import improve
 from mvcodec.nn.matching import describe, fill, match_globally, orientations, propagate
+from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.nn.turning import find_turn, turn_back, turn_of, turned_view, worth_turning
 from mvcodec.nn.warping import pixel_grid, round_trip_error, sample
 
@@ -68,10 +70,16 @@ class _Meeting(NamedTuple):
 
 
 @torch.no_grad()
-def sights(pictures: Tensor, max_peers: int | None = None) -> Iterator[Sight]:
+def sights(
+    pictures: Tensor,
+    max_peers: int | None = None,
+    steady: SteadyFlow | None = None,
+    quality: Tensor | None = None,
+) -> Iterator[Sight]:
     """Align the views [K, 3, H, W] in [0, 1], of any size: one after the other, each with its peers.
 
     max_peers: only the most consistent ones of each view, judged at 1/8; others are not aligned at all.
+    steady: the network of the last step, which also needs the views' qualities [K].
     A pair is aligned once, both ways. What waits for its turn are the ways back: at most K^2 / 4 of them.
     """
     views, _, height, width = pictures.shape
@@ -91,8 +99,13 @@ def sights(pictures: Tensor, max_peers: int | None = None) -> Iterator[Sight]:
             if (i, j) not in waiting:
                 pair = (min(i, j), max(i, j))
                 with _exact(pictures):
-                    flow = _align_pair(prepared[pair[0]], prepared[pair[1]], pairs.pop(pair))[..., :height, :width]
-                    consistency = _consistency(flow, flow.flip(0))
+                    a, b = prepared[pair[0]], prepared[pair[1]]
+                    flow = _align_pair(a, b, pairs.pop(pair))
+                    inner = flow[..., :height, :width]
+                    consistency = _consistency(inner, inner.flip(0))
+                    if steady is not None and quality is not None:
+                        flow = _steadied(steady, a, b, flow, consistency, quality[list(pair)])
+                    flow = flow[..., :height, :width]
                 for n, key in enumerate((pair, pair[::-1])):
                     if key == (i, j) or key[1] in chosen[key[0]]:
                         # a copy: a slice would keep the other way alive
@@ -120,9 +133,19 @@ def _prepare(picture: Tensor) -> _View:
     coarsest = FINE + 1
     while picture[0, 0].numel() > MAX_CELLS * 4**coarsest:
         coarsest += 1
-    luma = 255 * (picture * picture.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    luma = _luma(picture)
     height, width = luma.shape[-2:]
     return _levels(F.pad(luma, (0, -width % 2**coarsest, 0, -height % 2**coarsest), mode="replicate"), coarsest)
+
+
+def _luma(pictures: Tensor) -> Tensor:
+    weights = pictures.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return 255 * (pictures * weights).sum(1, keepdim=True)
+
+
+def grey_values(pictures: Tensor) -> Tensor:
+    """What the flow at full size compares: [N, 3, H, W] in [0, 1] -> [N, 1, H, W], local mean 0, contrast 20."""
+    return _flatten_light(_luma(pictures))
 
 
 def _levels(luma: Tensor, coarsest: int) -> _View:
@@ -202,6 +225,15 @@ def _align_pair(a: _View, b: _View, meeting: _Meeting) -> Tensor:
             lines = epipolar_lines(flow) if level <= SHARP and n == warps - 1 else None
             flow = improve(grey, grey.flip(0), flow, lines)
     return flow if turn is None else turn_back(flow, turn)
+
+
+def _steadied(steady: SteadyFlow, a: _View, b: _View, flow: Tensor, consistency: Tensor, quality: Tensor) -> Tensor:
+    """Flow of full padded size; consistency, which nothing is known of in the padding, of the pictures'."""
+    grey = torch.cat((a.grey[0], b.grey[0]))
+    below, right = (whole - part for whole, part in zip(flow.shape[-2:], consistency.shape[-2:], strict=True))
+    consistency = F.pad(consistency, (0, right, 0, below))
+    quality = torch.stack((quality, quality.flip(0))).to(flow)
+    return steady.steady(grey, grey.flip(0), flow, consistency, quality)
 
 
 def _double(flow: Tensor) -> Tensor:

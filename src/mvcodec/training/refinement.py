@@ -1,9 +1,10 @@
 """Stage `refine`: the peers' part of the aligned refinement learns on what the codec decodes, all else frozen.
 
+    two views -> the network that steadies their flow learns                                    steadying.py
     set of views -> decode and clean each alone -> align -> warp -> crops                       kept on disk
     crops -> AlignedRefinement.fuse -> MSE relative to that of the cleaned view, which peers must not spoil
 
-The alignment has no weights, so it is done once; training then sees plain crops. The peerless part
+The alignment has learned by then, so it is done once; training then sees plain crops. The peerless part
 (`look`, `clean_out`) belongs to stage `single` and stays as it is.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +28,16 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, see
 from mvcodec.nn.alignment import sights
+from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
+from mvcodec.training import steadying
 from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows
 from mvcodec.training.data import Picture, Scene, load_scenes
 
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
+PAIR_WINDOW = 320  # the same, of the views whose flow the steadying network learns from
 CROP = 192  # of the examples kept
 TRAINED_CROP = 128  # of the examples as trained
 SIDES = 5  # peers of an example at most
@@ -87,7 +92,13 @@ def overlapping_windows(scene: Scene, size: int, rng: np.random.Generator) -> li
     return windows
 
 
-def examples(views: list[Picture], decoder: Decoder, rng: np.random.Generator, crops: int = SPOTS) -> Example:
+def examples(
+    views: list[Picture],
+    decoder: Decoder,
+    rng: np.random.Generator,
+    crops: int = SPOTS,
+    steady: SteadyFlow | None = None,
+) -> Example:
     """Crops of every view of a scene with its peers, S places for them; all uint8 but the qualities.
 
     Peers in places that stay empty have consistency 0.
@@ -99,7 +110,7 @@ def examples(views: list[Picture], decoder: Decoder, rng: np.random.Generator, c
     decoded, cleaned = decoder(target, qualities)
     quality = torch.tensor(qualities)
     found = []
-    for i, sight in enumerate(sights(cleaned, SIDES)):
+    for i, sight in enumerate(sights(cleaned, SIDES, steady, quality)):
         places, consistency = len(sight.peers), sight.consistency
         main = cleaned[i : i + 1].expand(places, -1, -1, -1)
         seen = see(cleaned[sight.peers], main, sight.flow, consistency)
@@ -125,7 +136,23 @@ def _spots(consistency: Tensor, count: int, rng: np.random.Generator) -> Iterato
         yield max(corners, key=lambda c: float(consistency[c[0] : c[0] + CROP, c[1] : c[1] + CROP].mean()))
 
 
-def cache(scenes: list[Scene], folder: Path, decoder: Decoder, seed: int, progress: bool) -> list[Path]:
+def steadied(
+    steady: SteadyFlow, scenes: list[Scene], folder: Path, decoder: Decoder, seed: int, progress: bool
+) -> SteadyFlow:
+    """`steady`, trained on flow between what the codec decodes."""
+
+    def draw(rng: np.random.Generator) -> Tensor | None:
+        windows = overlapping_windows(scenes[int(rng.integers(len(scenes)))], PAIR_WINDOW, rng)
+        return to_tensor([windows[n] for n in rng.permutation(len(windows))[:2]]) if len(windows) > 1 else None
+
+    files = steadying.prepare(draw, folder, lambda views, qualities: decoder(views, qualities)[1], seed, progress)
+    steadying.learn(steady, files, seed, progress)
+    return steady.requires_grad_(False)
+
+
+def cache(
+    scenes: list[Scene], folder: Path, decoder: Decoder, steady: SteadyFlow, seed: int, progress: bool
+) -> list[Path]:
     """One file of examples per set of views; files that exist are kept. Scenes too small for a crop are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng(seed).permutation(len(scenes))
@@ -138,7 +165,7 @@ def cache(scenes: list[Scene], folder: Path, decoder: Decoder, seed: int, progre
         file = folder / f"{n}.safetensors"
         if not file.exists():
             partial = file.with_suffix(".partial")
-            save_file(examples(windows, decoder, rng), partial)
+            save_file(examples(windows, decoder, rng, steady=steady), partial)
             partial.replace(file)
         files.append(file)
     if not files:
@@ -242,8 +269,12 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     for part in PARTS:
         refinement.get_submodule(part).requires_grad_(True)
     trained = [parameter for parameter in refinement.parameters() if parameter.requires_grad]
-    files = cache(load_scenes(Path(config.data), progress), run / "examples", decode_alone(net), config.seed, progress)
-    data = read_examples(files)
+    scenes, decoder = load_scenes(Path(config.data), progress), decode_alone(net)
+    steady = SteadyFlow() if refinement.steady is None else deepcopy(refinement.steady).cpu()
+    if source != checkpoint:
+        steadied(steady.requires_grad_(True), scenes, run / "pairs", decoder, config.seed, progress)
+    data = read_examples(cache(scenes, run / "examples", decoder, steady, config.seed, progress))
+    refinement.steady = steady.to(device)
 
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99))
     ema, step = Ema(refinement, config.ema), 0
