@@ -31,6 +31,8 @@ LOST = 3.0  # pixels from the teacher's flow beyond which it is not noise
 SMALL = 0.05  # pixels: below, the loss is quadratic
 PLAIN = 8.0  # gradient, of 255: half of what counts most
 
+SEEN = ("main", "side", "flow", "back", "consistency", "quality")  # of one way, by the network
+
 Lesson = dict[str, Tensor]  # two ways of a pair: [2, C, H, W] each, quality [2, 2]
 Coder = Callable[[Tensor, list[float]], Tensor]  # views [K, 3, H, W] and their qualities -> decoded and cleaned
 
@@ -79,11 +81,11 @@ def one_way(lesson: Lesson, way: int, flips: tuple[bool, bool], transposed: bool
 
 def loss(steady: SteadyFlow, way: Lesson) -> Tensor:
     """Mean distance from the teacher's flow, relative to that of the flow as found."""
-    names = ("main", "side", "flow", "back", "consistency", "quality")
-    steadied = steady(way["flow"], evidence(*(way[name] for name in names)))
+    main, side, flow, back, consistency, quality = (way[name] for name in SEEN)
+    steadied = steady(flow, evidence(main, side, flow, back, consistency, quality))
     after, before = (
-        (((flow - way["target"]).square().sum(1, keepdim=True) + SMALL**2).sqrt() * way["weight"]).sum()
-        for flow in (steadied, way["flow"])
+        (((x - way["target"]).square().sum(1, keepdim=True) + SMALL**2).sqrt() * way["weight"]).sum()
+        for x in (steadied, flow)
     )
     return after / (before + 1)
 
