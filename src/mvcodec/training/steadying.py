@@ -22,7 +22,7 @@ from mvcodec.nn.alignment import grey_values, sights
 from mvcodec.nn.filters import blur, gradient
 from mvcodec.nn.steady_flow import CELL, SteadyFlow, evidence
 
-TRIES = 200  # pairs of windows, of which about half overlap; 1.5 s of one core each
+TRIES = 300  # pairs of windows, of which about half overlap; half a second of one core each
 OVERLAP = 0.4  # mean consistency of the uncoded views from which a pair is a lesson
 STEPS = 3000  # of 0.1 s
 PAIRS = 2  # of views, one way, in a step
