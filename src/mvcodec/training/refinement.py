@@ -151,7 +151,7 @@ def steadied(
 
 
 def cache(
-    scenes: list[Scene], folder: Path, decoder: Decoder, steady: SteadyFlow, seed: int, progress: bool
+    scenes: list[Scene], folder: Path, decoder: Decoder, steady: SteadyFlow | None, seed: int, progress: bool
 ) -> list[Path]:
     """One file of examples per set of views; files that exist are kept. Scenes too small for a crop are left out."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,11 +270,12 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
         refinement.get_submodule(part).requires_grad_(True)
     trained = [parameter for parameter in refinement.parameters() if parameter.requires_grad]
     scenes, decoder = load_scenes(Path(config.data), progress), decode_alone(net)
-    steady = SteadyFlow() if refinement.steady is None else deepcopy(refinement.steady).cpu()
-    if source != checkpoint:
-        steadied(steady.requires_grad_(True), scenes, run / "pairs", decoder, config.seed, progress)
+    steady = None if refinement.steady is None else deepcopy(refinement.steady).cpu()
+    if source != checkpoint:  # what resumes has learned it, or began before there was such a thing
+        fresh = (SteadyFlow() if steady is None else steady).requires_grad_(True)
+        steady = steadied(fresh, scenes, run / "pairs", decoder, config.seed, progress)
     data = read_examples(cache(scenes, run / "examples", decoder, steady, config.seed, progress))
-    refinement.steady = steady.to(device)
+    refinement.steady = None if steady is None else steady.to(device)
 
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99))
     ema, step = Ema(refinement, config.ema), 0
