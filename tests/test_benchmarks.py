@@ -39,6 +39,19 @@ def test_gpu_measures_every_stage_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert "Para-EM" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part", ["coder", "launches"])
+def test_gpu_counts_what_the_processor_shows(part: str, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    program("gpu").main(["--device", "cpu", "--small", "--part", part, "--runs", "2", "--out", str(out)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    if part == "coder":
+        waited, beside = (r["processor"]["median_ms"] for r in records[:2])
+        assert waited > 0 < beside
+    else:
+        assert {r["task"] for r in records} == {"encode", "decode alone", "decode unaligned", "decode"}
+        assert all(r["operations"]["Para-EM"] > r["operations"]["h_s"] > 0 for r in records)
+
+
 def test_a_part_that_fails_on_the_gpu_is_told_and_the_next_begins(tmp_path: Path) -> None:
     out = tmp_path / "gpu.jsonl"
     program("gpu").main(["--device", "cuda:99", "--small", "--parts", "machine", "fast", "--out", str(out)])
