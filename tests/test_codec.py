@@ -54,8 +54,10 @@ def test_one_walk_for_many_views_decodes_what_one_for_each_does(tiny_model):
         assert one[1] == other[1]
 
 
-def test_a_section_that_is_not_the_code_of_its_symbols_is_found_beside_the_network(tiny_model):
-    """It decodes to the right symbols; only coding them once more shows it, when later steps are done already."""
+@pytest.mark.parametrize("elsewhere", [(), ("cpu",)], ids=["at once", "beside the network"])
+def test_a_section_that_is_not_the_code_of_its_symbols_is_found(tiny_model, monkeypatch, elsewhere):
+    """Only coding its symbols once more shows it, perhaps when later steps are done already."""
+    monkeypatch.setattr("mvcodec.latents.ELSEWHERE", elsewhere)
     stream = unpack(encoded(tiny_model, 70, 100))
     slices = list(stream.slices)
     slices[1] = dataclasses.replace(slices[1], anchor=slices[1].anchor + b"\1")

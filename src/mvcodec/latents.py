@@ -36,6 +36,7 @@ from mvcodec.weights import Model
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
 LATENT_STRIDE, HYPER_STRIDE = 16, PAD_MULTIPLE  # pixels per y, per z
 HALVES = ("anchor", "non-anchor")
+ELSEWHERE = ("cuda",)  # devices whose networks leave the processor to the coder
 
 
 def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,9 +165,9 @@ def same_size(streams: Sequence[Stream], most: int) -> list[list[int]]:
 def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:
     """`decode_latents` of views of one size in one walk: of each its y_hat, or what is wrong with it.
 
-    A GPU is then as busy with all as with one. Their sections are decoded beside one another, a thread for each view;
-    and each is coded once more, to see that it is the code of its symbols, while the network goes on with them.
-    What one view holds changes no integer of another.
+    A GPU is then as busy with all as with one, and their sections are decoded beside one another, a thread for each
+    view. Each is coded once more, to see that it is the code of its symbols: with a GPU, while the network goes on with
+    them. What one view holds changes no integer of another.
     """
     found: dict[int, Tensor | MvcodecError] = {}
     opened: list[_Opened] = []
@@ -228,10 +229,13 @@ class _Opened:
             return np.zeros_like(table)
         try:
             symbols, verify = entropy.decode_ahead(payload, table.ravel(), self.model.gaussian)
+            if self.model.device.type in ELSEWHERE:
+                self.verifying[step] = coders.submit(verify)
+            else:
+                verify()
         except BitstreamError as error:
             self._distrust(step, error)
             return np.zeros_like(table)
-        self.verifying[step] = coders.submit(verify)
         return symbols.reshape(table.shape)
 
     def verify(self) -> None:
