@@ -46,7 +46,7 @@ def lesson(views: Tensor, coder: Coder, rng: np.random.Generator) -> Lesson | No
     sure = torch.cat([sight.consistency for sight in teacher])
     if sure.mean() < OVERLAP:
         return None
-    qualities = [float(q) for q in rng.uniform(0.1, 0.75, 2)]
+    qualities = [float(q) for q in rng.random(2)]  # all of them: beyond what it has seen it does harm
     if rng.random() < 0.7:
         qualities[1] = qualities[0]
     cleaned = coder(views, qualities)
