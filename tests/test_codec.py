@@ -34,7 +34,8 @@ def test_decoder_recovers_the_encoders_latents_exactly(tiny_model):
     decoded = decode_latents(tiny_model, Stream(header, latents.hyper, latents.slices))
     assert torch.equal(decoded, latents.y_hat)
     assert (decoded * 64 == (decoded * 64).round()).all()  # on the grid
-    coded = snap(torch.zeros(()), torch.zeros(()), tiny_model.sigma_thresholds)[1]  # sigma 1 is coded, not skipped
+    zero = torch.zeros(1, 1, 1, 1)
+    coded = snap(zero, zero, tiny_model.sigma_thresholds)[1]  # sigma 1 is coded, not skipped
     assert coded > 0
 
 

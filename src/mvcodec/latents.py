@@ -40,14 +40,14 @@ ELSEWHERE = ("cuda",)  # devices whose networks leave the processor to the coder
 
 
 def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """(mu, ln sigma) float64 -> mu on its grid, index int64 of its scale.
+    """(mu, ln sigma) float64 [B, C, h, w] -> mu on its grid, index int64 of its scale.
 
     thresholds: [63], between the logarithms of neighbouring scales.
     """
     limit = MAX_SYMBOL / 2
-    return (mu.clamp(-limit, limit) * MU_GRID + 0.5).floor() / MU_GRID, torch.bucketize(
-        ln_sigma.contiguous(), thresholds
-    )
+    mu = (mu.clamp(-limit, limit) * MU_GRID).add_(0.5).floor_().div_(MU_GRID)
+    # Channels last on a processor, see `walk`, where `permute` and back copies nothing.
+    return mu, torch.bucketize(ln_sigma.permute(0, 2, 3, 1).contiguous(), thresholds).permute(0, 3, 1, 2)
 
 
 def quantised(y: Tensor, mu: Tensor, index: Tensor) -> Tensor:
@@ -62,7 +62,10 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     call = model.graphs if pixels <= USUAL else PLAIN  # what is large keeps a GPU busy, and would hold much memory
     qualities = [t] * len(z_hat) if isinstance(t, int | float) else t
     with torch.autocast(z_hat.device.type, enabled=False), strict():
-        hyper = call(net.h_s, z_hat.double().contiguous())  # in one order, whoever made it: one graph
+        # In one order, whoever made it: one graph. Maps keep it on their way, and a processor's convolutions take
+        # channels last a sixth faster; an exact sum is the same in all.
+        order = torch.contiguous_format if z_hat.is_cuda else torch.channels_last
+        hyper = call(net.h_s, z_hat.double().contiguous(memory_format=order))
         ln_gain = to_device(torch.tensor([exact_log_gain(q) for q in qualities], dtype=torch.float64), z_hat.device)
         y_hat: Tensor = call(net.para_em, hyper, ln_gain, code=code)
     return y_hat
@@ -182,7 +185,7 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | Mv
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            return to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device) + mu
+            return mu + to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device)
 
         z_hat = to_device(torch.from_numpy(np.concatenate([view.z_hat for view in opened])), model.device)
         y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)

@@ -68,13 +68,17 @@ class Float:
         forward, backward = match.softmax(dim=-1), match.softmax(dim=-2)
         return forward.to(value.dtype) @ value, (forward * backward).sum(dim=-1, keepdim=True)
 
+    def widened(self, x: Tensor) -> Tensor:
+        """As `attend_neighbours` wants keys and values, before each is copied to all its neighbours."""
+        return x
+
     def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
-        """query [B, C, ..], keys and values [B, S, C, ..], position [S, 1, 1] -> [B, S C, ..]: every value times its
-        softmax weight times S."""
+        """query [B, C, ..], keys and values [B, S, C, ..], position [S, 1, 1] -> [B, S, C, ..]: every value times its
+        softmax weight times S. keys and near are `widened` and fresh."""
         products = (query[:, None] * keys).sum(dim=2)
         weights = (products * query.shape[1] ** -0.5 + position).softmax(dim=1) * keys.shape[1]
         weighted: Tensor = near * weights[:, :, None].to(near.dtype)
-        return weighted.flatten(1, 2)
+        return weighted
 
     def certain(self, like: Tensor) -> Tensor:
         """A consistency of 1 everywhere."""
@@ -132,30 +136,33 @@ class Fixed:
         return fixed.round_half_up(blend * (1 / 256))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        weight = fixed.exp_below_maximum(self._match(query, key, scale), self.exp_table, dim=-1)
+        match = query.double() @ key.double().mT
+        weight = fixed.exp_below_maximum(match, self.exp_table, dim=-1, unit=_score_unit(scale))
         return fixed.divide(weight @ value.double(), weight.sum(dim=-1, keepdim=True)).float()
 
     def attend_both_ways(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        match = self._match(query, key, scale)
-        forward = fixed.exp_below_maximum(match, self.exp_table, dim=-1)
+        match, unit = query.double() @ key.double().mT, _score_unit(scale)
+        forward = fixed.exp_below_maximum(match, self.exp_table, dim=-1, unit=unit)
         total = forward.sum(dim=-1, keepdim=True)
         feature = fixed.divide(forward @ value.double(), total)
-        backward = fixed.exp_below_maximum(match, self.exp_table, dim=-2)
+        backward = fixed.exp_below_maximum(match, self.exp_table, dim=-2, unit=unit)
         share = fixed.divide(torch.full_like(total.mT, WEIGHT_ONE**2), backward.sum(dim=-2, keepdim=True))
         both = (forward * backward) @ share.mT  # sums below 2^51
         return feature.float(), fixed.divide(both * (1 / WEIGHT_ONE), total).float()
 
+    def widened(self, x: Tensor) -> Tensor:
+        return x.double()
+
     def attend_neighbours(self, query: Tensor, keys: Tensor, near: Tensor, position: Tensor) -> Tensor:
         wide_query = query.double()[:, None]
-        wide_keys, wide = keys.double(), near.double()  # fresh: in place where no gradient is wanted
-        products = (wide_keys * wide_query if wide_keys.requires_grad else wide_keys.mul_(wide_query)).sum(dim=2)
+        products = (keys * wide_query if keys.requires_grad else keys.mul_(wide_query)).sum(dim=2)
         scores = products * _score_unit(query.shape[1] ** -0.5) + position.double()
         weights = self._softmax(scores, dim=1) * (keys.shape[1] / WEIGHT_ONE)
         spread = weights[:, :, None]
         weighted = fixed.round_half_up(
-            wide * spread if wide.requires_grad or spread.requires_grad else wide.mul_(spread)
+            near * spread if near.requires_grad or spread.requires_grad else near.mul_(spread)
         )
-        return fixed.saturate(weighted.float()).flatten(1, 2)
+        return fixed.saturate(weighted.float())
 
     def certain(self, like: Tensor) -> Tensor:
         return torch.full_like(like, WEIGHT_ONE)
@@ -165,11 +172,10 @@ class Fixed:
 
     def blend(self, consistency: Tensor, features: Tensor) -> Tensor:
         weight = fixed.exp_below_maximum(consistency.double() / WEIGHT_ONE, self.exp_table, dim=0)
-        return fixed.divide((weight * features).sum(dim=0), weight.sum(dim=0)).float()
-
-    def _match(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Real scores [B, P, R], float64."""
-        return (query.double() @ key.double().transpose(1, 2)) * _score_unit(scale)
+        total = features[0].double() * weight[0]
+        for further, share in zip(features[1:], weight[1:], strict=True):  # a third of the time of one product and sum
+            total.addcmul_(further.double(), share)
+        return fixed.divide(total, weight.sum(dim=0)).float()
 
     def _softmax(self, scores: Tensor, dim: int) -> Tensor:
         """Integers out of WEIGHT_ONE, each rounded on its own."""

@@ -31,7 +31,7 @@ from mvcodec.exact.proof import Backend, choose_backend, largest_sum
 WEIGHT_LIMIT = 32767  # integer weights are stored in 16 bits
 FRACTION_BITS = (1, 15)  # f: a sum of 2^24 or more then saturates, however its last bits were rounded
 INPUT_SHIFTS = (0, 15)  # r
-ONEDNN_PAYS = 1 << 12  # weights of a 1x1 layer
+ONEDNN_PAYS = 1 << 11  # weights of a 1x1 layer
 FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # let oneDNN round float32 operands
 
 # NNPACK, which torch may take where oneDNN is off, transforms instead of adding. It is off for good: a switch that is
@@ -129,7 +129,9 @@ class ExactConvolution(Block):
         number = torch.float64 if backend is Backend.FLOAT64 else torch.float32
 
         def constant(values: NDArray[np.float64], dtype: torch.dtype = number) -> Tensor:
-            return torch.from_numpy(values).to(device, dtype)
+            x = torch.from_numpy(values).to(device, dtype)
+            # A processor walks channels last.
+            return x if x.ndim < 4 or x.is_cuda else x.contiguous(memory_format=torch.channels_last)
 
         def offsets(bias: NDArray[np.int64]) -> tuple[Tensor, ...]:
             """What the sums start from; of a split layer, multiples of 256 and the rest."""
@@ -141,6 +143,7 @@ class ExactConvolution(Block):
         self.plain, self.rounded = offsets(bias), offsets(bias + (1 << (bits - 1)))
         self.low_grid = constant(np.exp2(np.maximum(bits - 8, 0))[:, None, None])
         self.input_scale = constant(shift[:, None, None], torch.float32)
+        self.half = torch.full_like(self.input_scale, 0.5)  # rounds half up, of which nothing is lost: 16 bits by 2^-r
         with torch.no_grad():
             self.weight.copy_(constant(weight * self._along_input(shift), torch.float64))
             self.bias.copy_(constant(bias * unit / ACTIVATION_UNIT, torch.float64))
@@ -169,7 +172,7 @@ class ExactConvolution(Block):
         limit = self.integers.input_limit
         if limit == ACTIVATION_LIMIT:
             return x
-        rounded = fixed.round_half_up(x * self.input_scale)
+        rounded = fixed.floor(torch.addcmul(self.half, x, self.input_scale))
         return rounded.clamp(-limit, limit) if rounded.requires_grad else rounded.clamp_(-limit, limit)
 
     def _sums(self, x: Tensor, offsets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +188,7 @@ class ExactConvolution(Block):
         x = x.to(weight.dtype)
         if x.is_cuda:
             return self.sum_by_products(x, weight, bias)
-        pointwise = self.kernel_size == (1, 1) and weight.numel() > ONEDNN_PAYS and weight.dtype is torch.float32
+        pointwise = self.kernel_size == (1, 1) and weight.numel() >= ONEDNN_PAYS and weight.dtype is torch.float32
         if pointwise and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             # With one thread torch would take MKL's matrix product, half as fast where the processor is not Intel's.
             found: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)

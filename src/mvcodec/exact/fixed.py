@@ -45,9 +45,14 @@ def exp_table() -> NDArray[np.int32]:
     return table
 
 
-def exp_below_maximum(scores: Tensor, table: Tensor, dim: int) -> Tensor:
-    """exp(scores - max) as integers out of WEIGHT_ONE. scores: float64, real; table: [EXP_LENGTH] float64 integers."""
-    below = (scores.amax(dim, keepdim=True) - scores) * EXP_STEPS
+def exp_below_maximum(scores: Tensor, table: Tensor, dim: int, unit: float = 1.0) -> Tensor:
+    """exp(scores - max) as integers out of WEIGHT_ONE.
+
+    scores: float64, in multiples of `unit`, a positive number of 16 bits at most, so that no product rounds; table:
+    [EXP_LENGTH] float64 integers.
+    """
+    below = scores.amax(dim, keepdim=True) - scores
+    below = below * (EXP_STEPS * unit) if below.requires_grad else below.mul_(EXP_STEPS * unit)
     # Conversion to integers truncates, and below >= 0.
     index = below.detach().int().clamp_(max=EXP_LENGTH - 1)
     values = table.index_select(0, index.flatten()).view_as(index)

@@ -6,33 +6,23 @@ padded to multiples of 64.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 
-def odd_rows(height: int, device: torch.device) -> Tensor:
-    """[H, 1], true in rows 1, 3, ..."""
-    return _odd_rows(height, device, torch.is_inference_mode_enabled())
-
-
-@lru_cache(maxsize=8)
-def _odd_rows(height: int, device: torch.device, inference: bool) -> Tensor:
-    """What is made in inference mode cannot be trained with, hence the third argument."""
-    return (torch.arange(height, device=device) % 2 == 1)[:, None]
-
-
 def split(full: Tensor) -> tuple[Tensor, Tensor]:
     """[.., H, W] -> (anchors, non-anchors), each [.., H, W / 2]."""
-    even, odd = full[..., 0::2], full[..., 1::2]
-    row_is_odd = odd_rows(full.shape[-2], full.device)
-    return torch.where(row_is_odd, even, odd), torch.where(row_is_odd, odd, even)
+    anchor, non_anchor = (torch.empty_like(full[..., 0::2]) for _ in range(2))
+    for row in (0, 1):
+        anchor[..., row::2, :] = full[..., row::2, 1 - row :: 2]
+        non_anchor[..., row::2, :] = full[..., row::2, row::2]
+    return anchor, non_anchor
 
 
 def merge(anchor: Tensor, non_anchor: Tensor) -> Tensor:
     """Inverse of `split`."""
-    row_is_odd = odd_rows(anchor.shape[-2], anchor.device)
-    even = torch.where(row_is_odd, anchor, non_anchor)
-    odd = torch.where(row_is_odd, non_anchor, anchor)
-    return torch.stack([even, odd], dim=-1).flatten(-2)
+    full = torch.cat((anchor, anchor), dim=-1)  # of the same layout; every value is then written
+    for row in (0, 1):
+        full[..., row::2, 1 - row :: 2] = anchor[..., row::2, :]
+        full[..., row::2, row::2] = non_anchor[..., row::2, :]
+    return full

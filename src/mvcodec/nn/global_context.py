@@ -43,20 +43,23 @@ def attend_anchors(
                 row.append(_joined(torch.cat(parts), grid))
             rows.append(torch.cat(row, dim=-1))
         return torch.cat(rows, dim=-2)
-    q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))  # [B, P, C]
+    q, k, v = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (query, key, value))  # [B, P, C]
     step = max(1, chunk // (k.shape[0] * k.shape[1]))
-    parts = [arithmetic.attend(q[:, s : s + step], k, v, q.shape[-1] ** -0.5) for s in range(0, q.shape[1], step)]
-    return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, query.shape[2:])
+    parts = [arithmetic.attend(part, k, v, q.shape[-1] ** -0.5) for part in q.split(step, dim=1)]
+    found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return found.unflatten(1, query.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _cut(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[B, C, n h, m w] -> its tiles [B n m, C, h, w]."""
-    return x.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    """[B, C, n h, m w] -> its tiles [B n m, C, h, w], channels last."""
+    tiles = x.permute(0, 2, 3, 1).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))  # [B, n, h, m, w, C]
+    return tiles.transpose(2, 3).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def _joined(tiles: Tensor, grid: tuple[int, int]) -> Tensor:
     """Inverse of `_cut`."""
-    return tiles.unflatten(0, (-1, *grid)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    rows = tiles.permute(0, 2, 3, 1).unflatten(0, (-1, *grid)).transpose(2, 3)  # [B, n, h, m, w, C]
+    return rows.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class ParallaxGlobalContext(Block):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mvcodec.exact.arithmetic import Block
 from mvcodec.exact.conv import Conv
-from mvcodec.nn.checkerboard import odd_rows
 
 
 class CheckerboardAttention(Block):
@@ -33,9 +32,11 @@ class CheckerboardAttention(Block):
     def forward(self, anchor: Tensor, guide: Tensor) -> Tensor:
         """anchor [B, C, H, W / 2] values; guide [B, G, H, W / 2] at the non-anchors."""
         a = self.arithmetic
-        keys, near = self._neighbours(torch.cat((self.key(anchor), anchor), dim=1)).chunk(2, dim=2)
+        both = a.widened(torch.cat((self.key(anchor), anchor), dim=1))
+        keys, near = self._neighbours(both).chunk(2, dim=2)
         weighted = a.attend_neighbours(self.query(guide), keys, near, self.position)
-        return self.out(a.leaky(self.join(weighted)))
+        # `flatten(1, 2)` would do, but of one view leaves strides that oneDNN does not take for channels last
+        return self.out(a.leaky(self.join(weighted.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2))))
 
     def _neighbours(self, anchor: Tensor) -> Tensor:
         """Per offset, the anchor at that place from each non-anchor: [B, S, C, H, W / 2], zero outside.
@@ -44,20 +45,14 @@ class CheckerboardAttention(Block):
         round. A neighbour in a row of the other parity is dx / 2 further; in one of the same, (dx - 1) / 2 from even
         rows and (dx + 1) / 2 from odd ones.
         """
-        height, width = anchor.shape[-2:]
+        batch, channels, height, width = anchor.shape
         up, side = self.reach, self.reach // 2 + 1
-        padded = F.pad(anchor, (side, side, up, up))
-        odd_row = odd_rows(height, anchor.device)
-
-        def shifted(dy: int, steps: int) -> Tensor:
-            return padded[..., up + dy : up + dy + height, side + steps : side + steps + width]
-
-        return torch.stack(
-            [
-                shifted(dy, dx // 2)
-                if dy % 2
-                else torch.where(odd_row, shifted(dy, (dx + 1) // 2), shifted(dy, (dx - 1) // 2))
-                for dy, dx in self.offsets
-            ],
-            dim=1,
-        )
+        padded = F.pad(anchor, (side, side, up, up)).permute(0, 2, 3, 1)
+        found = anchor.new_empty(batch, height, width, len(self.offsets), channels)
+        for n, (dy, dx) in enumerate(self.offsets):
+            # all rows together where they are shifted alike, else those of either parity
+            shifts = ((0, 1, dx // 2),) if dy % 2 else ((0, 2, (dx - 1) // 2), (1, 2, (dx + 1) // 2))
+            for first, step, right in shifts:
+                rows = slice(up + dy + first, up + dy + height, step)
+                found[:, first::step, :, n] = padded[:, rows, side + right : side + right + width]
+        return found.permute(0, 3, 4, 1, 2)

@@ -53,7 +53,8 @@ class ChannelContext(nn.Module):
             features = [self.source.features(x) for x in slices]
         sides = None
         if len(features) > 1:
-            sides = SourceFeatures(*(torch.stack(maps) for maps in zip(*features[:-1], strict=True)))
+            earlier = (torch.cat(maps) for maps in zip(*features[:-1], strict=True))  # `stack` would lose the layout
+            sides = SourceFeatures(*(maps.unflatten(0, (len(features) - 1, -1)) for maps in earlier))
         aligned, _ = source(features[-1], sides)
         return self.out(self.fusion(slices[-1], aligned, features[-1].value))
 

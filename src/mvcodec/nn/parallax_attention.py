@@ -25,7 +25,7 @@ from mvcodec.nn.selective_kernel import SelectiveKernel
 
 def entries_at_once(device: torch.device) -> int:
     """Attention entries to hold: few enough for a processor's cache, enough to keep a GPU busy (some 200 MB)."""
-    return 1 << 18 if device.type == "cpu" else 1 << 22
+    return 1 << 17 if device.type == "cpu" else 1 << 22
 
 
 class Aligned(NamedTuple):
@@ -63,28 +63,33 @@ def attend_rows(
     segment: rows are cut into pieces of so many positions, each attending to itself; 0 leaves them whole.
     """
     n, _, height, width = query.shape
+    chunk = chunk or entries_at_once(query.device)
     if 0 < segment < width:
         pieces = []
-        for part in whole_and_rest(width, segment):  # each segment as a row
-            count = -(-(part.stop - part.start) // segment)
-            q, k, v = (x[..., part].unflatten(3, (count, -1)).flatten(2, 3) for x in (query, key, value))
-            found = attend_rows(q, k, v, scale, 0, chunk, arithmetic)
-            pieces.append([x.unflatten(2, (height, count)).flatten(3) for x in found])
-        return Aligned(*(torch.cat(parts, dim=-1) for parts in zip(*pieces, strict=True)))
-    q, k, v = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (query, key, value))  # [N H, W, C]
-    rows = max(1, (chunk or entries_at_once(query.device)) // (width * width))
-    features, consistencies = [], []
-    for start in range(0, n * height, rows):
-        part = slice(start, start + rows)
-        feature, consistency = arithmetic.attend_both_ways(q[part], k[part], v[part], scale)
-        features.append(feature)
-        consistencies.append(consistency)
+        for part in whole_and_rest(width, segment):
+            size = n, height, -(-(part.stop - part.start) // segment)
+            q, k, v = (_rows(x[..., part], size[2]) for x in (query, key, value))
+            pieces.append([x.unflatten(0, size).flatten(2, 3) for x in _attended(q, k, v, scale, chunk, arithmetic)])
+        found = pieces[0] if len(pieces) == 1 else [torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)]
+    else:
+        q, k, v = (_rows(x, 1) for x in (query, key, value))
+        found = [x.unflatten(0, (n, height)) for x in _attended(q, k, v, scale, chunk, arithmetic)]
+    return Aligned(*(x.permute(0, 3, 1, 2) for x in found))
 
-    def fold(parts: list[Tensor]) -> Tensor:
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return joined.unflatten(0, (n, height)).permute(0, 3, 1, 2)
 
-    return Aligned(fold(features), fold(consistencies))
+def _rows(x: Tensor, count: int) -> Tensor:
+    """[N, C, H, W] -> each of its rows in `count` pieces, [N H count, W / count, C]."""
+    return x.permute(0, 2, 3, 1).unflatten(2, (count, -1)).flatten(0, 2)
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, chunk: int, arithmetic: Arithmetic
+) -> list[Tensor]:
+    """Rows [R, W, C] -> feature [R, W, D] and consistency [R, W, 1], so many entries of attention at a time."""
+    step = max(1, chunk // query.shape[1] ** 2)
+    parts = zip(query.split(step), key.split(step), value.split(step), strict=True)
+    found = [arithmetic.attend_both_ways(*part, scale) for part in parts]
+    return list(found[0]) if len(found) == 1 else [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
 
 def attend_columns(

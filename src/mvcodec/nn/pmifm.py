@@ -47,7 +47,7 @@ class ParallaxSource(Block):
         if sides is None:
             return torch.zeros_like(main.value), main.value.new_zeros((0, *main.value[:, :1].shape))
         count = sides.value.shape[0]
-        every = SourceFeatures(*(m.expand(count, *m.shape).flatten(0, 1) for m in main))
+        every = main if count == 1 else SourceFeatures(*(torch.cat((m,) * count) for m in main))
         found = self.opam(every, SourceFeatures(*(s.flatten(0, 1) for s in sides)))
         feature = found.feature.unflatten(0, (count, -1))
         consistency = found.consistency.unflatten(0, (count, -1))
@@ -64,6 +64,8 @@ class Fusion(Block):
 
     def forward(self, x: Tensor, aligned: Tensor, embedded: Tensor) -> Tensor:
         a = self.arithmetic
+        if embedded.is_contiguous(memory_format=torch.channels_last):  # which columns do not leave, and `cat` needs
+            aligned = aligned.contiguous(memory_format=torch.channels_last)
         return a.add(x, a.scale(self.fuse(torch.cat([aligned, embedded], dim=1)), self.gain))
 
 
