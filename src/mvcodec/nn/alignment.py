@@ -103,9 +103,9 @@ def sights(
                     flow = _align_pair(a, b, pairs.pop(pair))
                     inner = flow[..., :height, :width]
                     consistency = _consistency(inner, inner.flip(0))
-                    if steady is not None and quality is not None:
-                        flow = _steadied(steady, a, b, flow, consistency, quality[list(pair)])
-                    flow = flow[..., :height, :width]
+                if steady is not None and quality is not None:  # what it adds is small: bfloat16 will do
+                    flow = _steadied(steady, a, b, flow, consistency, quality[list(pair)])
+                flow = flow[..., :height, :width]
                 for n, key in enumerate((pair, pair[::-1])):
                     if key == (i, j) or key[1] in chosen[key[0]]:
                         # a copy: a slice would keep the other way alive
