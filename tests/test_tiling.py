@@ -9,7 +9,7 @@ from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import ParaHydra, config_for
-from mvcodec.tiling import footprint, pixels_at_once, pixels_in_a_walk, tiled
+from mvcodec.tiling import PROGRAM, STEADYING, footprint, pixels_at_once, pixels_in_a_walk, tiled
 
 STAGES = ("g_a", "coarse", "fine", "clean")
 
@@ -77,5 +77,13 @@ def test_budgets_that_are_promised():
     with pytest.raises(UsageError, match="--preview"):
         pixels_at_once("klt", square, 2, 16 << 30, peers=1)
     assert pixels_at_once("klt", square, 2, 16 << 30) > 9_000_000
+    pair = {
+        "pixels": 512 * 512,
+        "views": 2,
+        "peers": 1,
+    }  # hold 84 MB; a tile of the refinement is less than steadying's
+    with pytest.raises(UsageError):
+        pixels_at_once("klt", max_memory=PROGRAM + 80_000_000 + STEADYING, **pair)
+    assert pixels_at_once("klt", max_memory=PROGRAM + 90_000_000 + STEADYING, **pair) > 400 * 400
     assert pixels_in_a_walk("cuda", None) >= 6 * 1024 * 832
     assert pixels_in_a_walk("cuda", 1 << 30) < full_hd

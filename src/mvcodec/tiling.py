@@ -41,6 +41,7 @@ PEER = 80  # per pixel of each view that helps the one at work
 WAITING = 12  # per pixel of each way back that was found with the way there and waits for its turn
 WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
 FUSING = 250  # or the peers' part of the refinement
+STEADYING = 120_000_000  # for one tile of nn/steady_flow.py, before the peers' part begins
 SEARCHING = {"klt": 1500, "paper": 4500}  # per pixel of a tile of the encoder's search, which is SMALLEST a side
 
 
@@ -58,7 +59,8 @@ def pixels_at_once(
     waiting = min(views**2 // 4, views * peers // 2)
     per_pixel = views * ALIGNED + peers * PEER + waiting * WAITING if peers else WALK + HELD * (views - 1)
     working = max(WORKING[transform], FUSING if peers else 0)
-    held, least = PROGRAM + per_pixel * pixels, max(working, SEARCHING[transform] * searched) * SMALLEST**2
+    tile = max(working, SEARCHING[transform] * searched) * SMALLEST**2
+    held, least = PROGRAM + per_pixel * pixels, max(tile, STEADYING) if peers else tile
     if max_memory < held + least:
         size = f"{views} x {pixels / 1e6:.1f} megapixels"
         raise UsageError(

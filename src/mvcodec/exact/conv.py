@@ -145,7 +145,7 @@ class ExactConvolution(Block):
         self.plain, self.rounded = offsets(bias), offsets(bias + (1 << (bits - 1)))
         self.low_grid = constant(np.exp2(np.maximum(bits - 8, 0))[:, None, None])
         self.input_scale = constant(shift[:, None, None], torch.float32)
-        self.one_half = torch.full_like(self.input_scale, 0.5)  # rounds half up, of which nothing is lost: 16 bits by 2^-r
+        self.one_half = torch.full_like(self.input_scale, 0.5)
         with torch.no_grad():
             self.weight.copy_(constant(weight * self._along_input(shift), torch.float64))
             self.bias.copy_(constant(bias * unit / ACTIVATION_UNIT, torch.float64))
@@ -174,7 +174,7 @@ class ExactConvolution(Block):
         limit = self.integers.input_limit
         if limit == ACTIVATION_LIMIT:
             return x
-        rounded = fixed.floor(torch.addcmul(self.one_half, x, self.input_scale))
+        rounded = fixed.floor(torch.addcmul(self.one_half, x, self.input_scale))  # 16 bits times 2^-r: nothing is lost
         return rounded.clamp(-limit, limit) if rounded.requires_grad else rounded.clamp_(-limit, limit)
 
     def _sums(self, x: Tensor, offsets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:

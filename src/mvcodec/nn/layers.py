@@ -90,10 +90,13 @@ class QualityBranch(nn.Module):
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.film.weight)
 
-    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]."""
+    def forward(self, x: Tensor, quality: Tensor, order: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W].
+
+        order [C]: where channels of x are among the layer's; for one quality and without gradients only.
+        """
         if len(quality) == 1 and not torch.is_grad_enabled():
-            enter, leave = _folded(self.enter, self.leave, self.film, self.scale, quality)
+            enter, leave = _folded(self.enter, self.leave, self.film, self.scale, quality, order)
             features = self.blocks(_leaky_(functional_call(self.enter, enter, x)))
             return _add(functional_call(self.leave, leave, features), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
@@ -121,10 +124,10 @@ class QualityBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.film.weight)
 
-    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]."""
+    def forward(self, x: Tensor, quality: Tensor, order: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]; order: see above."""
         if len(quality) == 1 and not torch.is_grad_enabled():
-            first, second = _folded(self.conv1, self.conv2, self.film, self.scale, quality)
+            first, second = _folded(self.conv1, self.conv2, self.film, self.scale, quality, order)
             return _add(functional_call(self.conv2, second, _leaky_(functional_call(self.conv1, first, x))), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         hidden = leaky(self.conv1(x / self.scale) * (1 + gain) + shift)
@@ -132,23 +135,24 @@ class QualityBlock(nn.Module):
 
 
 def _folded(
-    first: nn.Conv2d, last: nn.Conv2d, film: nn.Linear, scale: Tensor, quality: Tensor
+    first: nn.Conv2d, last: nn.Conv2d, film: nn.Linear, scale: Tensor, quality: Tensor, order: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters of a branch's first and last convolution for one quality, with all that is linear around them.
 
-    What training writes as passes over whole maps (x / scale, FiLM, the way back) is nothing but other weights.
+    What training writes as passes over whole maps (x / scale, FiLM, the way back, another order of channels) is
+    nothing but other weights.
     """
     assert first.bias is not None
     assert last.bias is not None
     with torch.autocast(quality.device.type, enabled=False):
         gain, shift = film(quality)[0, :, None, None, None].chunk(2)  # [width, 1, 1, 1] each
         back = BRANCH_GAIN * scale[..., None]  # [C, 1, 1, 1]
+        enter, leave, bias = first.weight / scale * (1 + gain), last.weight * back, last.bias * back.flatten()
+        if order is not None:
+            enter, leave, bias = enter[:, order], leave[order], bias[order]
         return (
-            {
-                "weight": first.weight / scale * (1 + gain),
-                "bias": first.bias * (1 + gain).flatten() + shift.flatten(),
-            },
-            {"weight": last.weight * back, "bias": last.bias * back.flatten()},
+            {"weight": enter, "bias": first.bias * (1 + gain).flatten() + shift.flatten()},
+            {"weight": leave, "bias": bias},
         )
 
 
