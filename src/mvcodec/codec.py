@@ -19,6 +19,8 @@ from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, of_one_size, same_size
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
+from mvcodec.nn.quantisation_constraint import correction, excess
+from mvcodec.nn.transforms import KltSynthesisCoarse
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
 from mvcodec.tiling import pixels_at_once, pixels_in_a_walk, tiled
@@ -258,7 +260,9 @@ def reconstruct(
                 refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps, most=most)
             pictures, shares = refined.pictures, refined[1:]
         for k, picture in zip(group, pictures, strict=True):
-            decoded[k] = picture[:, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
+            whole = picture[None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
+            one = slice(k, k + 1)
+            decoded[k] = _constrained(model, whole, latents[k].float(), basis[one], qualities[one], most)[0]
     return Reconstruction(decoded, *shares)
 
 
@@ -290,6 +294,29 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
         return picture
 
     return tiled(refinement, clean, pictures, most).float().clamp_(0, 1)
+
+
+def _constrained(model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, quality: Tensor, most: int) -> Tensor:
+    """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1].
+
+    Only where the synthesis has an inverse of its own (profile `paper` has none), and not in the paper's decoder.
+    """
+    net = model.net
+    coarse = net.para_jd.coarse
+    if net.refinement is None or not isinstance(coarse, KltSynthesisCoarse):
+        return picture
+    call = model.graphs if picture[0, 0].numel() <= most else PLAIN
+
+    def analyse(part: Tensor, views: slice) -> Tensor:
+        with _autocast(model):
+            y: Tensor = call(net.g_a, part, basis)
+            return y
+
+    def picture_of(part: Tensor, views: slice) -> Tensor:
+        return correction(coarse, part, net.gain.inverse(basis), quality)
+
+    astray = excess(tiled(net.g_a, analyse, picture, most).float() * net.gain.gain(basis), y_hat)
+    return (picture - tiled(coarse.klt, picture_of, astray, max(most // LATENT_STRIDE**2, 1))).clamp_(0, 1)
 
 
 def check_model(model: Model, header: Header) -> None:

@@ -1,0 +1,60 @@
+"""Back into the cells: nothing moves inside, what is outside comes back, and on average nearer to what was encoded."""
+
+import numpy as np
+import pytest
+import torch
+
+from mvcodec.codec import decode_set, encode_image
+from mvcodec.images import Image
+from mvcodec.nn.gain import hat_basis
+from mvcodec.nn.quantisation_constraint import REACH, STEP, correction, excess
+from tests.conftest import smooth_picture
+
+
+def test_excess_is_what_is_beyond_reach():
+    y_hat = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0]).view(1, 5, 1, 1)
+    y = y_hat + torch.tensor([0.0, REACH, REACH + 0.25, -REACH - 1, 0.1]).view(1, 5, 1, 1)
+    torch.testing.assert_close(excess(y, y_hat).flatten(), torch.tensor([0.0, 0.0, 0.25, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.4, 1.0])
+def test_correction_takes_that_share_of_the_excess_back(tiny_model, quality):
+    """The tiny codec is the KLT, whose gain and inverse gain are reciprocals: a linear and orthonormal transform."""
+    net, t = tiny_model.net, torch.tensor([quality])
+    basis = hat_basis(t, net.config.quality_knots)
+    gain, inverse = net.gain.gain(basis), net.gain.inverse(basis)
+    with torch.inference_mode():
+        y = net.g_a(torch.rand(1, 3, 64, 64), basis) * gain
+        astray = torch.randn_like(y) * (torch.rand_like(y) < 0.1)
+        picture = torch.rand(1, 3, 64, 64)
+        moved = net.g_a(picture - correction(net.para_jd.coarse, astray, inverse, t), basis) * gain
+        share = STEP[0] + quality * (STEP[1] - STEP[0])
+        torch.testing.assert_close(moved, net.g_a(picture, basis) * gain - share * astray, atol=2e-3, rtol=1e-3)
+
+
+def test_a_picture_spoiled_beyond_its_cells_comes_nearer(tiny_model):
+    image = Image(smooth_picture(64, 96, seed=3))
+    stream = encode_image(tiny_model, image, 60)
+    plain = decode_set(tiny_model, [stream])[0].pixels.astype(float)
+    truth = image.pixels.astype(float)
+    fine = tiny_model.net.para_jd.fine
+    handle = fine.register_forward_hook(lambda module, inputs, out: out + 0.1)  # no quantiser errs like that
+    try:
+        spoiled = decode_set(tiny_model, [stream])[0].pixels.astype(float)
+    finally:
+        handle.remove()
+    assert np.abs(spoiled - truth).mean() < np.abs(plain + 25.5 - truth).mean() / 2
+
+
+def test_the_papers_decoder_is_left_alone(tiny_model, monkeypatch):
+    stream = encode_image(tiny_model, Image(smooth_picture(64, 64)), 30)
+    calls = []
+    handle = tiny_model.net.g_a.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        decode_set(tiny_model, [stream])
+        assert len(calls) == 1
+        monkeypatch.setattr(tiny_model.net, "refinement", None)
+        decode_set(tiny_model, [stream])
+        assert len(calls) == 1
+    finally:
+        handle.remove()
