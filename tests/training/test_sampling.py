@@ -20,6 +20,7 @@ def batches(scenes_folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_workers_cut_what_the_process_itself_would(batches):
     ahead = Batches(batches.sampler, replace(batches.config, workers=2))
     for (a, s), (b, t) in zip(batches.from_step(2), ahead.from_step(2), strict=True):
