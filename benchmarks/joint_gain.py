@@ -173,14 +173,17 @@ def main() -> None:
     parser.add_argument("--model", help="name or path; default: the one that is shipped")
     parser.add_argument("--out", type=Path, required=True, help="stem of the .csv and the .png")
     options = parser.parse_args()
+    folders = {path.name: path for path in sorted(options.data.iterdir()) if path.is_dir()}
+    chosen = list(folders) if options.scenes is None else options.scenes
+    if unknown := [name for name in chosen if name not in folders]:
+        parser.error(f"no scene {', '.join(unknown)} in {options.data}")
     gains: list[Gain] = []
-    for folder in sorted(path for path in options.data.iterdir() if path.is_dir()):
-        if options.scenes is None or folder.name in options.scenes:
-            gains += measure(Views(folder, options.limit_views, options.model), options.qualities)
-            print(f"{folder.name} done", file=sys.stderr, flush=True)
-            for ending, data in ((".csv", as_csv(gains)), (".png", plot(gains))):  # as far as it is
-                with atomic(options.out.with_suffix(ending)) as file:
-                    file.write(data)
+    for name in chosen:
+        gains += measure(Views(folders[name], options.limit_views, options.model), options.qualities)
+        print(f"{name} done", file=sys.stderr, flush=True)
+        for ending, data in ((".csv", as_csv(gains)), (".png", plot(gains))):  # as far as it is
+            with atomic(options.out.with_suffix(ending)) as file:
+                file.write(data)
     print(table(gains))
 
 
