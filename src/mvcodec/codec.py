@@ -199,7 +199,8 @@ def decode_set(
     streams = [stream for _, stream in decoded]
     latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
     qualities = to_device(torch.tensor([s.header.quality / 100 for s in streams]), model.device)
-    pictures, weights, drawn = reconstruct(model, latents, qualities, joint, refine, max_memory, max_peers, maps)
+    known = [s.damage is None or not s.damage.missing for s in streams]
+    pictures, weights, drawn = reconstruct(model, latents, qualities, joint, refine, max_memory, max_peers, maps, known)
     views = []
     for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True)):
         others = [n for n in range(len(streams)) if n != k] if joint else []
@@ -235,8 +236,12 @@ def reconstruct(
     max_memory: int | None = None,
     max_peers: int | None = None,
     maps: bool = False,
+    known: Sequence[bool] | None = None,
 ) -> Reconstruction:
-    """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD."""
+    """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD.
+
+    known: of which views all integers have been read (default: of all); what is guessed of the others binds nothing.
+    """
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
     scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis, strict=True)]
@@ -260,9 +265,11 @@ def reconstruct(
                 refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps, most=most)
             pictures, shares = refined.pictures, refined[1:]
         for k, picture in zip(group, pictures, strict=True):
-            whole = picture[None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
-            one = slice(k, k + 1)
-            decoded[k] = _constrained(model, whole, latents[k].float(), basis[one], qualities[one], most)[0]
+            picture = picture[None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
+            if known is None or known[k]:
+                one = slice(k, k + 1)
+                picture = _constrained(model, picture, latents[k].float(), basis[one], qualities[one], most)
+            decoded[k] = picture[0]
     return Reconstruction(decoded, *shares)
 
 

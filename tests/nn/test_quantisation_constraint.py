@@ -46,12 +46,16 @@ def test_a_picture_spoiled_beyond_its_cells_comes_nearer(tiny_model):
     assert np.abs(spoiled - truth).mean() < np.abs(plain + 25.5 - truth).mean() / 2
 
 
-def test_the_papers_decoder_is_left_alone(tiny_model):
+def test_the_papers_decoder_and_guessed_integers_are_left_alone(tiny_model):
     net, stream = tiny_model.net, encode_image(tiny_model, Image(smooth_picture(64, 64)), 30)
     analysed: list[int] = []
     handle, refinement = net.g_a.register_forward_hook(lambda *_: analysed.append(1)), net.refinement
     try:
         decode_set(tiny_model, [stream])
+        assert len(analysed) == 1
+        (view,) = decode_set(tiny_model, [stream[:-40]], partial=True)
+        assert view.damage is not None
+        assert view.damage.missing
         assert len(analysed) == 1
         net.refinement = None
         decode_set(tiny_model, [stream])

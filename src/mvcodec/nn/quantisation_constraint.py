@@ -26,9 +26,12 @@ def excess(y: Tensor, y_hat: Tensor) -> Tensor:
     return apart - apart.clamp(-REACH, REACH)
 
 
-def correction(coarse: KltSynthesisCoarse, excess: Tensor, inverse_gain: Tensor, quality: Tensor) -> Tensor:
-    """What to subtract from the pictures [K, 3, 16 h, 16 w]: [K, M, h, w], inverse gains [K, M, 1, 1], quality [K]."""
+def correction(coarse: KltSynthesisCoarse, astray: Tensor, inverse_gain: Tensor, quality: Tensor) -> Tensor:
+    """What to subtract from pictures [K, 3, 16 h, 16 w].
+
+    astray: their `excess` [K, M, h, w]; inverse_gain [K, M, 1, 1]; quality [K] in [0, 1].
+    """
     low, high = STEP
     step = (low + (high - low) * quality)[:, None, None, None]
-    blocks = F.conv2d(step * inverse_gain * excess, coarse.klt.weight)
+    blocks = F.conv2d(step * inverse_gain * astray, coarse.klt.weight)
     return F.pixel_shuffle(F.pixel_shuffle(blocks, 2), BLOCK)
