@@ -173,8 +173,8 @@ def main() -> None:
     parser.add_argument("--model", help="name or path; default: the one that is shipped")
     parser.add_argument("--out", type=Path, required=True, help="stem of the .csv and the .png")
     options = parser.parse_args()
-    folders = {path.name: path for path in sorted(options.data.iterdir()) if path.is_dir()}
-    chosen = list(folders) if options.scenes is None else options.scenes
+    folders = {path.name: path for path in options.data.iterdir() if path.is_dir()}
+    chosen = sorted(folders if options.scenes is None else options.scenes)
     if unknown := [name for name in chosen if name not in folders]:
         parser.error(f"no scene {', '.join(unknown)} in {options.data}")
     gains: list[Gain] = []

@@ -77,11 +77,8 @@ def test_budgets_that_are_promised():
     with pytest.raises(UsageError, match="--preview"):
         pixels_at_once("klt", square, 2, 16 << 30, peers=1)
     assert pixels_at_once("klt", square, 2, 16 << 30) > 9_000_000
-    pair = {
-        "pixels": 512 * 512,
-        "views": 2,
-        "peers": 1,
-    }  # hold 84 MB; a tile of the refinement is less than steadying's
+    # hold 84 MB; a tile of the refinement is less than steadying's
+    pair = {"pixels": 512 * 512, "views": 2, "peers": 1}
     with pytest.raises(UsageError):
         pixels_at_once("klt", max_memory=PROGRAM + 80_000_000 + STEADYING, **pair)
     assert pixels_at_once("klt", max_memory=PROGRAM + 90_000_000 + STEADYING, **pair) > 400 * 400

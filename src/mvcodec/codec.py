@@ -110,15 +110,7 @@ def encode_view(
     basis = hat_basis(to_device(torch.tensor([quality / 100]), model.device), net.config.quality_knots)
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
     most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
-    call = model.graphs if x[0, 0].numel() <= most else PLAIN  # tiles measure what they see of the network itself
-
-    def analyse(part: Tensor, views: slice) -> Tensor:
-        with _autocast(model):
-            y: Tensor = call(net.g_a, to_unit(to_device(part, model.device)), basis)
-            return y
-
-    y = tiled(net.g_a, analyse, x, most)  # [1, M, H/16, W/16]
-    y = y.float() * net.gain.gain(basis)
+    y = _analysed(model, x, basis, most)
     z = model.graphs(net.h_a, y)  # [1, N, H/64, W/64]
     if effort:
 
@@ -143,6 +135,20 @@ def encode_view(
     )
     data = pack(Stream(header, latents.hyper, latents.slices))
     return EncodedView(data, latents.y_hat, latents.estimated_bits)
+
+
+def _analysed(model: Model, x: Tensor, basis: Tensor, most: int) -> Tensor:
+    """y [1, M, H/16, W/16] in quantiser steps of a picture [1, 3, H, W], samples or floats in [0, 1], tile by tile."""
+    net = model.net
+    call = model.graphs if x[0, 0].numel() <= most else PLAIN  # tiles measure what they see of the network itself
+
+    def analyse(part: Tensor, views: slice) -> Tensor:
+        part = part if part.is_floating_point() else to_unit(to_device(part, model.device))
+        with _autocast(model):
+            y: Tensor = call(net.g_a, part, basis)
+            return y
+
+    return tiled(net.g_a, analyse, x, most).float() * net.gain.gain(basis)
 
 
 @torch.inference_mode()
@@ -312,17 +318,11 @@ def _constrained(model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, qu
     coarse = net.para_jd.coarse
     if net.refinement is None or not isinstance(coarse, KltSynthesisCoarse):
         return picture
-    call = model.graphs if picture[0, 0].numel() <= most else PLAIN
-
-    def analyse(part: Tensor, views: slice) -> Tensor:
-        with _autocast(model):
-            y: Tensor = call(net.g_a, part, basis)
-            return y
 
     def picture_of(part: Tensor, views: slice) -> Tensor:
         return correction(coarse, part, net.gain.inverse(basis), quality)
 
-    astray = excess(tiled(net.g_a, analyse, picture, most).float() * net.gain.gain(basis), y_hat)
+    astray = excess(_analysed(model, picture, basis, most), y_hat)
     return (picture - tiled(coarse.klt, picture_of, astray, max(most // LATENT_STRIDE**2, 1))).clamp_(0, 1)
 
 

@@ -93,9 +93,9 @@ class QualityBranch(nn.Module):
     def forward(self, x: Tensor, quality: Tensor, order: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W].
 
-        order [C]: where channels of x are among the layer's; for one quality and without gradients only.
+        order [C]: where channels of x are among the layer's; only where the layer `folds`.
         """
-        if len(quality) == 1 and not torch.is_grad_enabled():
+        if folds(quality):
             enter, leave = _folded(self.enter, self.leave, self.film, self.scale, quality, order)
             features = self.blocks(_leaky_(functional_call(self.enter, enter, x)))
             return _add(functional_call(self.leave, leave, features), x)
@@ -126,12 +126,17 @@ class QualityBlock(nn.Module):
 
     def forward(self, x: Tensor, quality: Tensor, order: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]; order: see above."""
-        if len(quality) == 1 and not torch.is_grad_enabled():
+        if folds(quality):
             first, second = _folded(self.conv1, self.conv2, self.film, self.scale, quality, order)
             return _add(functional_call(self.conv2, second, _leaky_(functional_call(self.conv1, first, x))), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         hidden = leaky(self.conv1(x / self.scale) * (1 + gain) + shift)
         return x + self.conv2(hidden) * (BRANCH_GAIN * self.scale)
+
+
+def folds(quality: Tensor) -> bool:
+    """Whether layers compute with weights made for the quality at hand: in use, for one view's [1, knots]."""
+    return len(quality) == 1 and not torch.is_grad_enabled()
 
 
 def _folded(

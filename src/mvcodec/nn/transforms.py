@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mvcodec.nn.gdn import GDN
-from mvcodec.nn.layers import QualityBlock, QualityBranch
+from mvcodec.nn.layers import QualityBlock, QualityBranch, folds
 
 BLOCK = 8  # side of the pixel-unshuffle
 PIXELS = 3 * BLOCK * BLOCK  # channels at 1/8
@@ -72,7 +72,7 @@ class KltAnalysis(nn.Module):
         self.stage16 = QualityStack(latent_channels, latent_channels, blocks16, quality_knots)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        if len(quality) == 1 and not torch.is_grad_enabled():
+        if folds(quality):
             return self._by_halves(x, quality)
         x = self.stage4(self.stage2(x - 0.5, quality), quality)
         x = F.pixel_unshuffle(x, BLOCK)
