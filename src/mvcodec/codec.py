@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import correction, excess
 from mvcodec.nn.transforms import KltSynthesisCoarse
+from mvcodec.padding import extended, shown
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
 from mvcodec.tiling import pixels_at_once, pixels_in_a_walk, tiled
@@ -118,7 +119,7 @@ def encode_view(
             return to_unit(to_device(x[..., rows, columns], model.device))
 
         y = better_latents(model, y, z, quality / 100, effort, picture, (image.height, image.width))
-    latents = encode_latents(model, y, z, quality / 100, estimate)
+    latents = encode_latents(model, y, z, quality / 100, estimate, shown((image.height, image.width), y))
     header = Header(
         model_id=model.id,
         profile=net.config.profile,
@@ -336,14 +337,11 @@ def check_model(model: Model, header: Header) -> None:
 
 
 def samples(image: Image) -> Tensor:
-    """[H, W, 3] or [H, W] -> its integers [1, 3, H', W'], replicated right and bottom to multiples of 64; grey thrice.
+    """[H, W, 3] or [H, W] -> its integers [1, 3, H', W'], extended right and bottom to multiples of 64; grey thrice.
 
     A view wherever it can be, channels last: the picture is never held as floats but tile by tile.
     """
-    below, right = -image.height % PAD_MULTIPLE, -image.width % PAD_MULTIPLE
-    pixels: NDArray[Any] = image.pixels
-    if below or right:
-        pixels = np.pad(pixels, ((0, below), (0, right), (0, 0))[: pixels.ndim], mode="edge")
+    pixels = extended(image.pixels, -image.height % PAD_MULTIPLE, -image.width % PAD_MULTIPLE)
     x = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # torch knows no read-only tensors
     return x.permute(2, 0, 1)[None] if x.ndim == 3 else x.expand(1, 3, -1, -1)
 

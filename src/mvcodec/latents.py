@@ -95,12 +95,19 @@ class EncodedLatents(NamedTuple):
     estimated_bits: float  # -log2 p of its integers under the densities that training minimised; nan if not asked
 
 
-def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False) -> EncodedLatents:
-    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections."""
+def encode_latents(
+    model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False, shown: Tensor | None = None
+) -> EncodedLatents:
+    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections.
+
+    shown [1, 1, h, w]: 1 where a latent holds any of the picture (default: all do); the others keep the decoder's
+    expectation of them, whose symbols are zero.
+    """
     if not (y.isfinite().all() and z.isfinite().all()):
         raise ModelError("the encoder's networks gave numbers that are not finite; their weights are damaged")
     z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
     halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]
+    seen = None if shown is None else split(to_device(shown.double(), y.device))
     sections: list[Future[bytes]] = []
     estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
 
@@ -110,6 +117,8 @@ def encode_latents(model: Model, y: Tensor, z: Tensor, t: float, estimate: bool 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
             symbols = quantised(halves[step], mu, index)
+            if seen is not None:
+                symbols = symbols * seen[step % 2]
             coming = Fetched(torch.stack((symbols.short(), index.short())))
             sections.append(coder.submit(_encode_section, coming, model))
             if estimate:

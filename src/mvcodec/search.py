@@ -151,6 +151,7 @@ class _Costs:
         self.picture, self.hyper = pixels, hyper
         self.inside = torch.zeros_like(self.picture[:, :1])
         self.inside[..., : inside[0], : inside[1]] = 1
+        self.shown = split(F.max_pool2d(self.inside, STRIDE))  # the other latents are not for us to choose
 
     def of(self, target: Tensor) -> _State:
         """Round `target` as the encoder does, half slice by half slice."""
@@ -161,7 +162,7 @@ class _Costs:
         others: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
-            coded = (ln_sigma.detach() > self.ln_sigma_coded).float()
+            coded = (ln_sigma.detach() > self.ln_sigma_coded) * self.shown[step % 2]
             ln_sigma = ln_sigma.clamp(min=LN_SIGMA_BOUND)
             k = (halves[step] - mu.detach()).round() * coded
             y_hat.append((mu.detach() + k).requires_grad_())
