@@ -31,11 +31,11 @@ class ModelConfig:
 
     profile: str = "fast"
     transform: str = "klt"  # klt | paper
-    latent_channels: int = 256  # M
+    latent_channels: int = 288  # M
     hyper_channels: int = 128  # N, of z
     prior_channels: int = 256  # of Phi_h
     context_channels: int = 64  # of Phi_ch, Phi_lc, Phi_gc
-    slices: int = 8
+    slices: int = 9
     parameter_widths: tuple[int, ...] = (224, 160)  # hidden layers of EP
     raw_slices: bool = True  # EP also sees the earlier slices themselves (1x1)
     window: int = 5
@@ -125,6 +125,7 @@ PROFILES = {
         hyper_channels=192,
         prior_channels=384,
         context_channels=60,
+        slices=8,
         parameter_widths=(320, 256, 128),
         raw_slices=False,
         shared_source=False,
