@@ -5,6 +5,7 @@
     header  = metadata | sizes and checks of all sections
     payload = hyper | slice 0 anchor | slice 0 non-anchor | slice 1 anchor | ...
 
+Version 2 codes slice 0 in four passes (anchor 0, anchor 1, anchor 2, non-anchor) and spends no CRC on empty sections.
 All sizes stand in the header, so a file is cut out of a concatenation, listed or found truncated without any
 decoding. Imports neither torch nor numpy: `mvcodec info` is instant.
 """
@@ -15,6 +16,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import construct as c
@@ -23,7 +25,7 @@ from mvcodec.checksums import crc8, crc16
 from mvcodec.errors import BitstreamError, UsageError
 
 SIGNATURE = b"\x89PHV\r\n\x1a\n"  # as PNG's: not text, and any newline conversion or 7-bit channel breaks it
-VERSION = 1  # not frozen until the integer entropy path lands
+VERSIONS = (1, 2)  # both frozen
 PROFILES = ("paper", "fast", "tiny")
 
 MAX_SIDE = 65535
@@ -34,6 +36,23 @@ MAX_EXIF = 1 << 16  # what a JPEG segment can hold
 MAX_SLICES = 32
 MAX_SECTION = (1 << 28) - 1  # four length bytes
 MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
+
+_PASSES = ("anchor", "non-anchor")
+_FIRST_PASSES = {1: _PASSES, 2: ("anchor 0", "anchor 1", "anchor 2", "non-anchor")}  # of slice 0, by version
+
+
+def sections_of(version: int, slice_index: int) -> int:
+    """How many sections a slice has: one for each of its passes."""
+    return len(_passes(version, slice_index))
+
+
+def section_names(version: int, slices: int) -> list[list[str]]:
+    """The names of the sections of each slice, in coding order; the hyper-latent's is "hyper"."""
+    return [[f"slice {i} {name}" for name in _passes(version, i)] for i in range(slices)]
+
+
+def _passes(version: int, slice_index: int) -> tuple[str, ...]:
+    return _FIRST_PASSES[version] if slice_index == 0 else _PASSES
 
 
 @dataclass(frozen=True)
@@ -62,10 +81,9 @@ class Header:
 
 @dataclass(frozen=True)
 class Slice:
-    """One latent slice: two sections and the 16-bit check of its decoded integers (`integer_check`)."""
+    """One latent slice: its sections and the 16-bit check of its decoded integers (`integer_check`)."""
 
-    anchor: bytes
-    non_anchor: bytes | None  # None only in the last slice of a damaged file
+    sections: tuple[bytes, ...]  # in coding order; in the last slice of a damaged file a leading run of them
     check: int
 
 
@@ -80,12 +98,20 @@ class Damage:
 
 @dataclass(frozen=True)
 class Stream:
-    """The content of one file; `damage` is set only where partial=True was asked and something was lost."""
+    """The content of one file; `damage` is set only where partial=True was asked and something was lost.
+
+    `version` follows from slice 0 where that has more sections than version 1 knows; `unpack` sets it for all others.
+    """
 
     header: Header
     hyper: bytes
     slices: tuple[Slice, ...]
     damage: Damage | None = None
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.version == 1 and self.slices and len(self.slices[0].sections) > sections_of(1, 0):
+            object.__setattr__(self, "version", 2)
 
 
 @dataclass(frozen=True)
@@ -100,8 +126,9 @@ class _Section:
 class _Layout:
     """Everything the header tells: metadata, where each section lies, checks of the slices, file size."""
 
+    version: int
     header: Header
-    sections: tuple[_Section, ...]
+    sections: tuple[_Section, ...]  # hyper, then those of all slices
     checks: tuple[int, ...]
     size: int
 
@@ -204,31 +231,48 @@ METADATA = c.Struct(
     "icc" / c.If(c.this.flags.icc, _blob("ICC profile", MAX_ICC)),
     "exif" / c.If(c.this.flags.exif, _blob("EXIF", MAX_EXIF)),
 )  # fmt: skip
-SECTION = c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Byte)
-SLICE = c.Struct("anchor" / SECTION, "non_anchor" / SECTION, "check" / c.Int16ub)
-SECTIONS = c.Struct(
-    "hyper" / SECTION,
-    "slices" / c.PrefixedArray(
-        _Checked(c.Byte, f"a file must have 1 to {MAX_SLICES} slices", lambda v: 1 <= v <= MAX_SLICES), SLICE
-    ),
-)  # fmt: skip
+# Of an empty section there is nothing that could be damaged: version 2 does not spend a byte on it (its CRC-8 is 0).
+SECTION = {
+    1: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Byte),
+    2: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.IfThenElse(c.this.size > 0, c.Byte, c.Computed(0))),
+}
+
+
+def _slice(version: int) -> Any:
+    sections = c.Array(lambda context: sections_of(version, context._index), SECTION[version])
+    return c.Struct("sections" / sections, "check" / c.Int16ub)
+
+
+SECTIONS = {
+    version: c.Struct(
+        "hyper" / SECTION[version],
+        "slices" / c.PrefixedArray(
+            _Checked(c.Byte, f"a file must have 1 to {MAX_SLICES} slices", lambda v: 1 <= v <= MAX_SLICES),
+            _slice(version),
+        ),
+    )
+    for version in VERSIONS
+}  # fmt: skip
 
 
 def pack(stream: Stream) -> bytes:
-    """The file of a complete stream. Raises UsageError for one that is damaged or breaks a cap."""
+    """The file of a complete stream, of the version that the number of sections of slice 0 asks for.
+
+    Raises UsageError for a stream that is damaged or breaks a cap.
+    """
     if stream.damage:
         raise UsageError("a damaged stream cannot be written again as a whole one")
-    payload = [stream.hyper]
-    rows = []
-    for part in stream.slices:
-        if part.non_anchor is None:
-            raise UsageError("a slice without its non-anchor section cannot be written")
-        payload += [part.anchor, part.non_anchor]
-        sections = {"anchor": _seal(part.anchor), "non_anchor": _seal(part.non_anchor)}
-        rows.append({**sections, "check": part.check})
-    table = SECTIONS.build({"hyper": _seal(stream.hyper), "slices": rows})
+    if stream.version not in VERSIONS:
+        raise UsageError(f"there is no format version {stream.version} to write")
+    for i, part in enumerate(stream.slices):
+        found, wanted = len(part.sections), sections_of(stream.version, i)
+        if found != wanted:
+            raise UsageError(f"slice {i} has {found} sections, but {wanted} in format version {stream.version}")
+    payload = [stream.hyper, *chain(*(part.sections for part in stream.slices))]
+    rows = [{"sections": [_seal(section) for section in part.sections], "check": part.check} for part in stream.slices]
+    table = SECTIONS[stream.version].build({"hyper": _seal(stream.hyper), "slices": rows})
     header = _metadata_bytes(stream.header) + table
-    start = PREFIX.build({"signature": SIGNATURE, "version": VERSION, "header_size": len(header)}) + header
+    start = PREFIX.build({"signature": SIGNATURE, "version": stream.version, "header_size": len(header)}) + header
     body = b"".join([start, crc16(start).to_bytes(2, "big"), *payload])
     return body + zlib.crc32(body).to_bytes(4, "big")
 
@@ -237,7 +281,7 @@ def unpack(data: bytes, *, partial: bool = False) -> Stream:
     """Read exactly one file: nothing may be wrong, nothing may follow.
 
     partial: of a truncated or damaged file return the leading run of intact sections, and say so in `damage`;
-    the last slice may then come without its non-anchor section. Header and hyper-latent must be intact.
+    the last slice may then come without its last sections. Header and hyper-latent must be intact.
     Raises BitstreamError, with the byte offset.
     """
     layout = _layout(data)
@@ -246,11 +290,14 @@ def unpack(data: bytes, *, partial: bool = False) -> Stream:
     intact, damage = _intact(data, layout)
     if damage and not (partial and intact):
         raise BitstreamError(damage.reason, damage.offset)
-    slices = tuple(
-        Slice(intact[i], intact[i + 1] if i + 1 < len(intact) else None, layout.checks[i // 2])
-        for i in range(1, len(intact), 2)
-    )
-    return Stream(layout.header, intact[0], slices, damage)
+    hyper, *rest = intact
+    slices = []
+    for i, check in enumerate(layout.checks):
+        count = sections_of(layout.version, i)
+        sections, rest = tuple(rest[:count]), rest[count:]
+        if sections:
+            slices.append(Slice(sections, check))
+    return Stream(layout.header, hyper, tuple(slices), damage, layout.version)
 
 
 def unpack_header(data: bytes) -> Header:
@@ -281,7 +328,7 @@ def describe(data: bytes) -> dict[str, Any]:
     header = layout.header
     payload = sum(s.stop - s.start for s in layout.sections)
     return {
-        "version": VERSION,
+        "version": layout.version,
         "model_id": header.model_id.hex(),
         "profile": header.profile,
         "quality": header.quality,
@@ -313,13 +360,13 @@ def _layout(data: bytes | memoryview) -> _Layout:
     """Read prefix and header. Looks at no byte behind the header's CRC."""
     head = bytes(data[:16])
     _check_signature(head)
-    version = head[8:9]
-    if version and version[0] != VERSION:
-        raise BitstreamError(f"format version {version[0]}, but this mvcodec reads version {VERSION}", 8)
+    if len(head) > 8 and head[8] not in VERSIONS:
+        versions = " and ".join(map(str, VERSIONS))
+        raise BitstreamError(f"format version {head[8]}, but this mvcodec reads versions {versions}", 8)
     stream = io.BytesIO(head)
-    header_size = _parse(PREFIX, stream, "signature").header_size
+    prefix = _parse(PREFIX, stream, "signature")
     start = stream.tell()
-    stop = start + header_size
+    stop = start + prefix.header_size
     if len(data) < stop + 2:
         raise BitstreamError(f"truncated inside the header, which ends at byte {stop + 2}", len(data))
     head = bytes(data[: stop + 2])
@@ -328,19 +375,18 @@ def _layout(data: bytes | memoryview) -> _Layout:
     stream = io.BytesIO(head[:stop])
     stream.seek(start)
     meta = _parse(METADATA, stream, "header")
-    table = _parse(SECTIONS, stream, "section table")
+    table = _parse(SECTIONS[prefix.version], stream, "section table")
     if stream.tell() != stop:
         raise BitstreamError(f"{stop - stream.tell()} bytes of the header have no meaning", stream.tell())
 
+    names = ["hyper", *chain(*section_names(prefix.version, len(table.slices)))]
+    rows = [table.hyper, *chain(*(part.sections for part in table.slices))]
     sections, at = [], stop + 2
-    rows = [("hyper", table.hyper)]
-    for i, row in enumerate(table.slices):
-        rows += [(f"slice {i} anchor", row.anchor), (f"slice {i} non-anchor", row.non_anchor)]
-    for name, row in rows:
+    for name, row in zip(names, rows, strict=True):
         sections.append(_Section(name, at, at + row.size, row.crc))
         at += row.size
-    checks = tuple(row.check for row in table.slices)
-    return _Layout(_header(meta), tuple(sections), checks, at + 4)
+    checks = tuple(part.check for part in table.slices)
+    return _Layout(prefix.version, _header(meta), tuple(sections), checks, at + 4)
 
 
 def _intact(data: bytes, layout: _Layout) -> tuple[list[bytes], Damage | None]:
