@@ -22,7 +22,6 @@ from mvcodec import entropy
 from mvcodec.entropy.tables import MAX_SYMBOL, gaussian_tables, sigma_thresholds
 from mvcodec.exact.quantise import fix, quantise
 from mvcodec.latents import snap
-from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import exact_log_gain, hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.checkpoint import starting_weights
@@ -52,14 +51,14 @@ class EntropyPath:
 
     def run(self, y: Tensor, z: Tensor, quality: float) -> tuple[int, float]:
         """Bytes of the sections of y, and seconds spent outside the coder."""
-        halves = [half for part in y.chunk(self.net.config.slices, dim=1) for half in split(part)]
+        parts = self.net.config.coding_order(y)
         size, coder = 0, 0.0
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
             nonlocal size, coder
             started = time.perf_counter()
             mu, index = snap(mu.double(), ln_sigma.double(), THRESHOLDS)
-            symbols = (halves[step] - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+            symbols = (parts[step] - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
             symbols = torch.where(index == 0, 0.0, symbols)
             size += len(entropy.encode(_row(symbols), _row(index), TABLES))
             coder += time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,7 @@ def smooth_picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     return (128 + 50 * waves + edge).clip(0, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope="session")
-def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tiny_model(path: Path, **changes: Any) -> Path:
     """The tiny profile as an exported file: untrained, started as the KLT of smooth pictures."""
     import torch
 
@@ -42,10 +42,9 @@ def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mvcodec.training.klt import block_covariance
     from mvcodec.weights import export_model
 
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = ParaHydra(config_for("tiny"))
+        net = ParaHydra(config_for("tiny", **changes))
     views = tuple(smooth_picture(64, 96, seed) for seed in range(8))
     net.start_as_klt(block_covariance([Scene("smooth", views, ((0, 0),) * 8)], blocks_per_view=200))
     export_model(net, path)
@@ -53,7 +52,20 @@ def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_model_file: Path):
     from mvcodec.weights import load_model
 
     return load_model(tiny_model_file)
+
+
+@pytest.fixture(scope="session")
+def lattice_model(tmp_path_factory: pytest.TempPathFactory):
+    """The same with anchors of slice 0 on a lattice: it writes version 2 of the format."""
+    from mvcodec.weights import load_model
+
+    return load_model(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors", anchor_lattice=True))

@@ -26,7 +26,7 @@ LN_PRIOR_FLOOR = -78656  # -1.2001953125 in units of 2^-16
 
 
 class Step(NamedTuple):
-    """What one coding step is coded with, both [C, H, W / 2]."""
+    """What one coding step is coded with, both shaped as its pass."""
 
     mu64: Map
     index: Map
@@ -227,6 +227,25 @@ class ExactReader:
         hidden = leaky(self.convolve(f"{name}.depth_rb.depthwise", hidden))
         return split(clamp(x + self.convolve(f"{name}.depth_rb.project", hidden)))[1]
 
+    def lattice(self, name: str, hyper: Map, code: Callable[[str, list[Map]], tuple[Map, Map]]) -> tuple[Map, Map]:
+        """Anchors of slice 0 in three passes -> 64 y_hat and y_hat as the networks see it, both packed."""
+
+        def context(which: str, known: Map) -> Map:
+            for layer in ("conv1", "conv2"):
+                known = leaky(self.convolve(f"{name}.lattice.{which}_context.{layer}", known))
+            return known
+
+        even_rows, odd_rows = split(hyper)[0][:, 0::2], split(hyper)[0][:, 1::2]
+        here, there = split(even_rows)
+        first = code(f"{name}.anchor_parameters", [here])
+        around = split(context("between", merge(first[1], np.zeros_like(first[1]))))[1]
+        second = code(f"{name}.lattice.between_parameters", [there, around])
+        even = [merge(a, b) for a, b in zip(first, second, strict=True)]
+        odd = code(f"{name}.lattice.odd_parameters", [odd_rows, context("odd", even[1])])
+        rows = (np.stack(pair, axis=2) for pair in zip(even, odd, strict=True))
+        anchor64, anchor = (x.reshape(len(x), -1, x.shape[-1]) for x in rows)
+        return anchor64, anchor
+
     # Output
 
     def step(self, name: str, inputs: list[Map], unit: Map, prior: Map) -> Step:
@@ -269,7 +288,10 @@ class ExactReader:
                 guide = self.channel_context(f"{name}.channel_context", seen[-1], features)
                 known = [hyper, guide, *(seen if self.config["raw_slices"] else [])]
             anchors, others = zip(*map(split, known), strict=True)
-            anchor64, anchor = code(f"{name}.anchor_parameters", list(anchors))
+            if i == 0 and self.config.get("anchor_lattice"):
+                anchor64, anchor = self.lattice(name, hyper, code)
+            else:
+                anchor64, anchor = code(f"{name}.anchor_parameters", list(anchors))
             local = self.local_context(f"{name}.local_context", anchor, split(guide)[1])
             far = self.global_context(f"{name}.global_context", anchor, guide)
             other64, other = code(f"{name}.other_parameters", [*others, local, far])

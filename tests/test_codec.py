@@ -9,7 +9,7 @@ import torch
 from mvcodec import codec
 from mvcodec.codec import decode_set, encode_image
 from mvcodec.container import Stream, pack, unpack
-from mvcodec.errors import DesyncError, ModelError, UsageError
+from mvcodec.errors import BitstreamError, DesyncError, ModelError, UsageError
 from mvcodec.images import Image
 from mvcodec.latents import decode_intact, decode_latents, encode_latents, snap
 from mvcodec.parahydra import ParaHydra, config_for
@@ -61,12 +61,12 @@ def test_a_section_that_is_not_the_code_of_its_symbols_is_found(tiny_model, monk
     monkeypatch.setattr("mvcodec.latents.ELSEWHERE", elsewhere)
     stream = unpack(encoded(tiny_model, 70, 100))
     slices = list(stream.slices)
-    slices[1] = dataclasses.replace(slices[1], anchor=slices[1].anchor + b"\1")
+    slices[1] = dataclasses.replace(slices[1], sections=(slices[1].sections[0] + b"\1", slices[1].sections[1]))
     with torch.inference_mode():
         (found,) = decode_intact(tiny_model, [dataclasses.replace(stream, slices=tuple(slices))])
         assert isinstance(found, DesyncError)
         assert str(found).startswith("slice 1: entropy-coded section is not the shortest code")
-        slices[3] = dataclasses.replace(slices[3], anchor=b"\xff" * 40)
+        slices[3] = dataclasses.replace(slices[3], sections=(b"\xff" * 40, slices[3].sections[1]))
         (other,) = decode_intact(tiny_model, [dataclasses.replace(stream, slices=tuple(slices))])
     assert str(other) == str(found)  # the first that is wrong, whichever thread found another
 
@@ -171,7 +171,7 @@ def test_a_damaged_file_decodes_as_far_as_it_is_intact(tiny_model):
     data = encode_image(tiny_model, Image(picture), 60)
     whole = psnr(picture, decode_set(tiny_model, [data])[0].pixels)
     stream = unpack(data)
-    tail = len(stream.slices[-1].anchor) + len(stream.slices[-1].non_anchor or b"") + 4
+    tail = sum(map(len, stream.slices[-1].sections)) + 4
     (view,) = decode_set(tiny_model, [data[: -tail - 1]], partial=True)
     assert view.damage is not None
     assert 10 < psnr(picture, view.pixels) < whole
@@ -209,3 +209,40 @@ def test_the_least_memory_that_is_accepted_suffices_for_a_tile(tiny_model):
     with pytest.raises(UsageError, match=r"need [0-9.]+G of memory"):
         encode_image(tiny_model, image, 50, max_memory=1_000_000_000)
     assert encode_image(tiny_model, image, 50, max_memory=2_000_000_000) == encode_image(tiny_model, image, 50)
+
+
+def test_a_model_with_anchors_on_a_lattice_writes_version_2(tiny_model, lattice_model):
+    picture = Image(smooth_picture(70, 100))
+    data = encode_image(lattice_model, picture, 80)
+    stream = unpack(data)
+    assert stream.version == 2
+    assert [len(part.sections) for part in stream.slices] == [4, 2, 2, 2]
+    assert all(stream.slices[0].sections)
+    (view,) = decode_set(lattice_model, [data])
+    assert psnr(picture.pixels, view.pixels) > 30
+    assert encode_image(lattice_model, picture, 80, effort=1) != data  # the search goes through the same passes
+    for file, model in ((data, tiny_model), (encode_image(tiny_model, picture, 80), lattice_model)):
+        with pytest.raises(ModelError, match="written with"):
+            decode_set(model, [file])
+
+
+def test_of_a_lattice_any_leading_passes_can_be_kept(lattice_model):
+    """What is lost is replaced by its expectation: the first pass alone already shows the picture."""
+    picture = smooth_picture(128, 192)
+    data = encode_image(lattice_model, Image(picture), 80)
+    whole = unpack(data)
+    fidelities = []
+    for kept in (1, 2, 3, 4):
+        lost = [section for part in whole.slices for section in part.sections][kept:]
+        stream = unpack(data[: len(data) - 4 - sum(map(len, lost))], partial=True)
+        assert len(stream.slices[0].sections) == kept
+        (view,) = decode_set(lattice_model, [stream], partial=True)
+        fidelities.append(psnr(picture, view.pixels))
+    assert fidelities == sorted(fidelities)
+
+
+def test_a_version_that_the_model_does_not_write_is_refused(tiny_model, lattice_model):
+    streams = [unpack(encode_image(model, Image(smooth_picture(64, 64)), 50)) for model in (tiny_model, lattice_model)]
+    for model, stream in zip((lattice_model, tiny_model), streams, strict=True):
+        with pytest.raises(BitstreamError, match="version"):
+            decode_latents(model, stream)

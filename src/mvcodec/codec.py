@@ -186,7 +186,7 @@ def decode_set(
             s.header.camera_id,
             s.header.frame or 0,
             s.hyper,
-            s.slices[0].anchor if s.slices else b"",
+            s.slices[0].sections if s.slices else (),
         )
     )
     results: dict[int, tuple[Tensor, Stream] | MvcodecError] = {}

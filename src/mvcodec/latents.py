@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvcodec import entropy
-from mvcodec.container import Damage, Header, Slice, Stream, integer_check
+from mvcodec.container import Damage, Header, Slice, Stream, integer_check, section_names, sections_of
 from mvcodec.entropy.tables import MAX_SYMBOL
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
 from mvcodec.exact.conv import strict
 from mvcodec.graphs import PLAIN
-from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
@@ -35,7 +35,6 @@ from mvcodec.weights import Model
 
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
 LATENT_STRIDE, HYPER_STRIDE = 16, PAD_MULTIPLE  # pixels per y, per z
-HALVES = ("anchor", "non-anchor")
 ELSEWHERE = ("cuda",)  # devices whose networks leave the processor to the coder
 
 
@@ -106,8 +105,11 @@ def encode_latents(
     if not (y.isfinite().all() and z.isfinite().all()):
         raise ModelError("the encoder's networks gave numbers that are not finite; their weights are damaged")
     z_hat = z.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-    halves = [half.double() for part in y.chunk(model.net.config.slices, dim=1) for half in split(part)]
-    seen = None if shown is None else split(to_device(shown.double(), y.device))
+    config = model.net.config
+    parts = [part.double() for part in config.coding_order(y)]
+    seen = None
+    if shown is not None:
+        seen = config.coding_order(to_device(shown.double(), y.device).expand(-1, config.slices, -1, -1))
     sections: list[Future[bytes]] = []
     estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
 
@@ -116,9 +118,9 @@ def encode_latents(
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            symbols = quantised(halves[step], mu, index)
+            symbols = quantised(parts[step], mu, index)
             if seen is not None:
-                symbols = symbols * seen[step % 2]
+                symbols = symbols * seen[step]
             coming = Fetched(torch.stack((symbols.short(), index.short())))
             sections.append(coder.submit(_encode_section, coming, model))
             if estimate:
@@ -128,7 +130,8 @@ def encode_latents(
         y_hat = walk(model, z_hat, t, code)
         checks = slice_checks(model, y_hat)
         first, *done = finish([hyper, *sections])
-    slices = tuple(Slice(done[2 * i], done[2 * i + 1], check) for i, check in enumerate(checks))
+    coded = iter(done)
+    slices = tuple(Slice(tuple(islice(coded, config.passes_of(i))), check) for i, check in enumerate(checks))
     return EncodedLatents(first, slices, y_hat, sum(estimates))
 
 
@@ -224,13 +227,15 @@ class _Opened:
         config = model.net.config
         shape = (1, config.hyper_channels, *(-(-side // HYPER_STRIDE) for side in _sides(stream.header)))
         self.z_hat = entropy.decode(stream.hyper, _hyper_index(shape), model.hyper).reshape(shape)
-        self.payloads: list[bytes | None] = []
-        for part in stream.slices:
-            self.payloads += [part.anchor, part.non_anchor]
-        missing = 2 * config.slices - len(self.payloads)
-        if missing < 0 or (missing and stream.damage is None):
-            raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
-        self.payloads += [None] * missing
+        self.passes = [config.passes_of(i) for i in range(config.slices)]
+        found = [len(part.sections) for part in stream.slices]
+        if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
+            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
+        if sections_of(stream.version, 0) != self.passes[0]:
+            raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
+        self.payloads: list[bytes | None] = [section for part in stream.slices for section in part.sections]
+        self.payloads += [None] * (sum(self.passes) - sum(found))
+        self.slice_of = [i for i, passes in enumerate(self.passes) for _ in range(passes)]  # by step
         self.wrong: _WrongIntegers | None = None
         self.verifying: dict[int, Future[None]] = {}  # by step
 
@@ -261,14 +266,14 @@ class _Opened:
 
     def _distrust(self, step: int, error: BitstreamError) -> None:
         # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
-        self.wrong = _WrongIntegers(step // 2, f"{error}; its parameters differ from the encoder's")
+        self.wrong = _WrongIntegers(self.slice_of[step], f"{error}; its parameters differ from the encoder's")
 
     def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
         """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
         checks = slice_checks(self.model, y_hat)
         whole = len(self.stream.slices) if self.wrong is None else self.wrong.slice
         for i, (found, part) in enumerate(zip(checks[:whole], self.stream.slices, strict=False)):
-            if part.non_anchor is not None and found != part.check:
+            if len(part.sections) == self.passes[i] and found != part.check:
                 sentence = f"decoded integers have check {found:#06x}, the encoder's had {part.check:#06x}"
                 return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
         return self.wrong or y_hat
@@ -289,8 +294,9 @@ def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Tensor,
             if found.slice == 0:
                 found = BitstreamError(f"hyper-latent or first slice is corrupt ({found})")
                 break
-            lost = [f"slice {i} {half}" for i in range(found.slice, model.net.config.slices) for half in HALVES]
-            damage = Damage(f"wrong integers in slice {found.slice}: corrupt", kept.damage.offset, tuple(lost))
+            names = section_names(kept.version, model.net.config.slices)
+            lost = tuple(name for part in names[found.slice :] for name in part)
+            damage = Damage(f"wrong integers in slice {found.slice}: corrupt", kept.damage.offset, lost)
             kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
             (found,) = decode_together(model, [kept])
         results.append(found if isinstance(found, MvcodecError) else (found, kept))

@@ -17,7 +17,7 @@ from mvcodec.exact.arithmetic import Float
 from mvcodec.nn import hyperprior as hp
 from mvcodec.nn import transforms as tf
 from mvcodec.nn.aligned_refinement import AlignedRefinement
-from mvcodec.nn.checkerboard import split
+from mvcodec.nn.checkerboard import passes
 from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
 from mvcodec.nn.para_em import ParaEM
 from mvcodec.nn.para_jd import ParaJD
@@ -43,6 +43,7 @@ class ModelConfig:
     global_context: str = "pgcm"  # pgcm | mlic
     shared_source: bool = True  # PCCM embeds each slice once, with one set of weights
     attention_tile: int = 16  # Para-EM's attention stays within tiles of so many latents a side
+    anchor_lattice: bool = False  # anchors of slice 0 in three passes, each but the first with neighbours
     refine: str = "none"  # none (the paper) | aligned: the pixel-domain third stage of Para-JD
     joint: str = "opam"  # opam | hpa | vpa | attention2d | average | none
     fusion_widths: tuple[int, int] = (96, 96)
@@ -88,9 +89,21 @@ class ModelConfig:
         if min(*sizes, *self.parameter_widths, *self.fusion_widths, *self.fine_widths) < 1:
             raise ValueError("a width of zero")
 
+    def coding_order(self, y: Tensor) -> list[Tensor]:
+        """y [.., M, h, w] -> what each coding step of Para-EM codes of it (`checkerboard.passes`)."""
+        slices = y.chunk(self.slices, dim=-3)
+        return [part for i, full in enumerate(slices) for part in passes(full, self.anchor_lattice and i == 0)]
+
+    def passes_of(self, index: int) -> int:
+        """Coding steps of a slice."""
+        return 4 if self.anchor_lattice and index == 0 else 2
+
     def entropy_switches(self) -> dict[str, Any]:
         """What the decoded integers depend on; everything else may change without a new model id."""
-        return {name: value for name, value in self.to_dict().items() if name in ENTROPY_SWITCHES}
+        switches = {name: value for name, value in self.to_dict().items() if name in ENTROPY_SWITCHES}
+        if not self.anchor_lattice:  # younger than the first files, whose ids know nothing of it
+            del switches["anchor_lattice"]
+        return switches
 
 
 CHOICES = {
@@ -114,6 +127,7 @@ ENTROPY_SWITCHES = {
     "global_context",
     "shared_source",
     "attention_tile",
+    "anchor_lattice",
 }
 
 PROFILES = {
@@ -199,6 +213,7 @@ class ParaHydra(nn.Module):
             c.raw_slices,
             c.attention_tile,
             c.shared_source,
+            c.anchor_lattice,
         )
         self.para_jd = ParaJD(coarse, fine, (c.latent_channels, middle), c.fusion_widths, c.joint)
         self.refinement = AlignedRefinement() if c.refine == "aligned" else None
@@ -256,7 +271,7 @@ class ParaHydra(nn.Module):
         z = self.h_a(y).float()
         total = hp.bits(self.z_prior.likelihood(hp.noisy(z)))
         hyper = self.h_s(hp.round_straight_through(z))
-        steps = [half for part in y.chunk(self.config.slices, dim=1) for half in split(part)]
+        steps = self.config.coding_order(y)
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
             nonlocal total

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvcodec.exact.arithmetic import FLOAT, use
-from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.checkerboard import assembled
 from mvcodec.nn.gain import exact_log_gain, hat_basis, rate_distortion_lambda
 from mvcodec.nn.hyperprior import LN_SIGMA_BOUND, gaussian_likelihood
 from mvcodec.tiling import SMALLEST
@@ -134,7 +135,7 @@ class _Costs:
     """Bits and error of one tile at one quality, in floating point and with gradients."""
 
     def __init__(self, model: Model, quality: float) -> None:
-        self.model, self.quality = model, quality
+        self.model, self.config, self.quality = model, model.net.config, quality
         self.h_s, self.para_em = copy.deepcopy(model.net.h_s), copy.deepcopy(model.net.para_em)
         for network in (self.h_s, self.para_em):
             use(FLOAT, network)
@@ -151,20 +152,20 @@ class _Costs:
         self.picture, self.hyper = pixels, hyper
         self.inside = torch.zeros_like(self.picture[:, :1])
         self.inside[..., : inside[0], : inside[1]] = 1
-        self.shown = split(F.max_pool2d(self.inside, STRIDE))  # the other latents are not for us to choose
+        shown = F.max_pool2d(self.inside, STRIDE)  # the other latents are not for us to choose
+        self.shown = self.config.coding_order(shown.expand(-1, self.config.slices, -1, -1))
 
     def of(self, target: Tensor) -> _State:
         """Round `target` as the encoder does, half slice by half slice."""
-        slices = self.model.net.config.slices
-        halves = [half for part in target.chunk(slices, dim=1) for half in split(part)]
+        parts = self.config.coding_order(target)
         y_hat: list[Tensor] = []
         bits: list[Tensor] = []
         others: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
-            coded = (ln_sigma.detach() > self.ln_sigma_coded) * self.shown[step % 2]
+            coded = (ln_sigma.detach() > self.ln_sigma_coded) * self.shown[step]
             ln_sigma = ln_sigma.clamp(min=LN_SIGMA_BOUND)
-            k = (halves[step] - mu.detach()).round() * coded
+            k = (parts[step] - mu.detach()).round() * coded
             y_hat.append((mu.detach() + k).requires_grad_())
             own = _bits(k, ln_sigma)
             with torch.no_grad():
@@ -175,10 +176,17 @@ class _Costs:
             return y_hat[-1]
 
         latents: Tensor = self.para_em(self.hyper, self.ln_gain, code)
-        cost = sum(_merged(bits), self._error(latents))
+        cost = sum(self._slices(bits), self._error(latents))
         gradient = torch.autograd.grad(cost.sum(), y_hat)
-        up, down, coded = (torch.cat(_merged(halves), dim=1) for halves in zip(*others, strict=True))
-        return _State(target, latents.detach(), torch.cat(_merged(gradient), dim=1), up, down, coded, cost.detach())
+        up, down, coded = (torch.cat(self._slices(parts), dim=1) for parts in zip(*others, strict=True))
+        return _State(
+            target, latents.detach(), torch.cat(self._slices(gradient), dim=1), up, down, coded, cost.detach()
+        )
+
+    def _slices(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What belongs to each coding step -> to each slice."""
+        rest = iter(parts)
+        return [assembled(list(islice(rest, self.config.passes_of(i)))) for i in range(self.config.slices)]
 
     def curvature(self, y_hat: Tensor, generator: torch.Generator) -> Tensor:
         """Second derivative of the error by one latent of each channel [1, M, 1, 1], on the mean over its positions.
@@ -202,11 +210,6 @@ class _Costs:
                 picture = net.refinement.clean(picture.clamp(0, 1), self.t)[0].float()
         error = (picture.clamp(0, 1) - self.picture).square().mean(dim=1, keepdim=True) * self.inside
         return self.error_weight * F.avg_pool2d(error, STRIDE, divisor_override=1)
-
-
-def _merged(halves: Sequence[Tensor]) -> list[Tensor]:
-    """Anchors and non-anchors of each slice in turn -> the slices."""
-    return [merge(anchor, other) for anchor, other in zip(halves[::2], halves[1::2], strict=True)]
 
 
 def _bits(symbols: Tensor, ln_sigma: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def walk_digest(model: Model) -> str:
         latents = encode_latents(model, y, z, t)
         digest.update(latents.hyper)
         for part in latents.slices:
-            digest.update(part.anchor + (part.non_anchor or b""))
+            digest.update(b"".join(part.sections))
         digest.update(integers_sha256(latents.y_hat).encode())
     return digest.hexdigest()
 

@@ -63,23 +63,34 @@ def drawn_z(channels: int, shape: tuple[int, int]) -> Map:
 
 
 def compare(path: Path, shape: tuple[int, int], quality: int) -> Map:
-    """All mu64 of the reader."""
+    """All mu64 of the reader, step after step."""
     model, reader = load_model(path), ExactReader(*read_model(path))
     z_hat = drawn_z(model.net.config.hyper_channels, shape)
     wanted, wanted_y = walked(model, z_hat, quality)
     steps, y64 = reader.read(z_hat, quality, drawn_symbols)
-    assert len(steps) == len(wanted) == 2 * model.net.config.slices
+    assert len(steps) == len(wanted) == sum(map(model.net.config.passes_of, range(model.net.config.slices)))
     for number, (found, (mu64, index)) in enumerate(zip(steps, wanted, strict=True)):
         assert (found.mu64 == mu64).all(), f"mu64 of step {number}"
         assert (found.index == index).all(), f"index of step {number}"
     assert (y64 == wanted_y).all()
-    return np.stack([step.mu64 for step in steps])
+    return np.concatenate([step.mu64.ravel() for step in steps])
 
 
 # Latents are four times as wide as z: five cross an attention tile of 16.
 @pytest.mark.parametrize(("shape", "quality"), [((1, 1), 0), ((5, 5), 10000)], ids=str)
 def test_tiny(golden_model_file, shape, quality):
     compare(golden_model_file, shape, quality)
+
+
+@pytest.mark.parametrize(("shape", "quality"), [((1, 1), 0), ((2, 5), 6789)], ids=str)
+def test_anchors_on_a_lattice(tmp_path, shape, quality):
+    torch.manual_seed(0)
+    net = ParaHydra(config_for("tiny", anchor_lattice=True))
+    for value in [*net.h_s.parameters(), *net.para_em.parameters()]:
+        torch.nn.init.normal_(value, std=1.4 / value[0].numel() ** 0.5)
+    export_model(net, tmp_path / "lattice.safetensors")
+    mu64 = compare(tmp_path / "lattice.safetensors", shape, quality)
+    assert len(set(mu64.tolist())) > 100
 
 
 def test_narrow_parameter_networks_and_numbers_that_saturate(tmp_path):

@@ -1,9 +1,10 @@
 """Checkerboard halves and the contexts built on them."""
 
 import numpy as np
+import pytest
 import torch
 
-from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.checkerboard import assembled, merge, passes, split
 from mvcodec.nn.global_context import attend_anchors
 from mvcodec.nn.local_context import CheckerboardAttention
 from tests.nn.test_parallax_attention import maps
@@ -20,6 +21,23 @@ def test_anchors_are_the_positions_with_odd_row_plus_column():
 def test_merge_undoes_split():
     full = maps(0, 2, 3, 5, 8)
     assert torch.equal(merge(*split(full)), full)
+
+
+@pytest.mark.parametrize("lattice", [False, True])
+def test_assembled_undoes_passes(lattice):
+    full = maps(0, 2, 3, 8, 12)
+    assert torch.equal(assembled(passes(full, lattice)), full)
+
+
+def test_passes_over_a_lattice_are_ever_denser():
+    row, column = np.indices((4, 8))
+    grid = torch.from_numpy(row * 10 + column)[None, None]
+    found = [sorted(part.flatten().tolist()) for part in passes(grid, True)]
+    even = [r * 10 + c for r in (0, 2) for c in (1, 3, 5, 7)]  # the even rows of the anchors
+    first = [r * 10 + c for r, c in ((0, 3), (0, 7), (2, 1), (2, 5))]  # row / 2 + column // 2 odd
+    odd = [r * 10 + c for r in (1, 3) for c in (0, 2, 4, 6)]
+    others = [r * 10 + c for r in range(4) for c in range(8) if not (r + c) % 2]
+    assert found == [first, sorted(set(even) - set(first)), odd, others]
 
 
 def test_a_non_anchor_sees_exactly_the_anchors_of_its_5x5_window():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mvcodec.nn.checkerboard import merge
+from mvcodec.nn.entropy_parameters import EntropyParameters
 from mvcodec.nn.para_em import ParaEM
 from tests.nn.test_parallax_attention import maps
 
@@ -11,8 +13,9 @@ def entropy_model(**switches) -> ParaEM:
     torch.manual_seed(0)
     model = ParaEM(16, 8, 8, 4, (12,), **switches).double()
     for part in model.models:  # parameters that start at zero would hide every dependence
-        for net in (part.anchor_parameters, part.other_parameters):
-            torch.nn.init.normal_(net.last.weight)
+        for net in part.modules():
+            if isinstance(net, EntropyParameters):
+                torch.nn.init.normal_(net.last.weight)
     return model
 
 
@@ -38,11 +41,12 @@ def parameters_and_values(model: ParaEM, hyper: torch.Tensor):
         {"channel_context": "hpa"},
         {"channel_context": "vpa"},
         {"global_context": "mlic"},
+        {"anchor_lattice": True},
     ],
 )
 def test_parameters_depend_on_earlier_steps_only(switches):
     parameters, values = parameters_and_values(entropy_model(**switches), maps(9, 1, 8, 4, 4))
-    assert len(parameters) == 8  # 4 slices x (anchors, non-anchors)
+    assert len(parameters) == 8 + 2 * switches.get("anchor_lattice", False)  # 4 slices x (anchors, non-anchors)
     for step, found in enumerate(parameters):
         gradients = torch.autograd.grad(found.sum(), values, allow_unused=True, retain_graph=True) if step else []
         for source, gradient in enumerate(gradients):
@@ -57,6 +61,18 @@ def test_anchors_of_a_slice_are_predicted_without_any_value_of_that_slice():
     parameters, values = parameters_and_values(entropy_model(), maps(9, 1, 8, 4, 4))
     (gradient,) = torch.autograd.grad(parameters[6].sum(), values[7], allow_unused=True)
     assert gradient is None
+
+
+def test_anchors_on_a_lattice_know_their_neighbours():
+    """Of the odd rows, exactly the places of the even ones that their context reaches, and those beside them first."""
+    parameters, values = parameters_and_values(entropy_model(anchor_lattice=True), maps(9, 1, 8, 24, 24))
+    assert [tuple(v.shape[2:]) for v in values[:4]] == [(12, 6), (12, 6), (12, 12), (24, 12)]
+    place = parameters[2][0, :, 6, 6].sum()  # row 13, column 12 of the latents
+    first, second = torch.autograd.grad(place, values[:2])
+    even = merge(first.abs().sum(dim=1, keepdim=True), second.abs().sum(dim=1, keepdim=True))[0, 0]
+    reached = {(2 * int(r), 2 * int(c) + 1) for r, c in even.nonzero()}  # among the latents
+    assert {(12, 11), (12, 13), (14, 11), (14, 13)} <= reached
+    assert reached == {(r, c) for r in range(6, 19, 2) for c in range(7, 20, 2)}
 
 
 def test_an_untrained_model_predicts_the_prior_scale():

@@ -1,4 +1,5 @@
-"""Parallax entropy model, Para-EM (Eq. (3), (4), (18), (19)): l slices x (anchors, non-anchors) = 2 l coding steps.
+"""Parallax entropy model, Para-EM (Eq. (3), (4), (18), (19)): l slices x (anchors, non-anchors) = 2 l coding steps,
+and two more where the anchors of slice 0 are on a lattice (anchor_lattice.py).
 
     slice i:   Phi_ch = PMIFM(y_hat_{i-1}, {y_hat_j, j < i-1})            PCCM, Eq. (18)
       anchors:      (mu, sigma) = EP_a(Phi_h, Phi_ch)                       Eq. (4)
@@ -11,14 +12,16 @@ returns the decoded values. A later slice cannot reach an earlier one because it
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from mvcodec.exact.arithmetic import Block
 from mvcodec.exact.conv import Conv
+from mvcodec.nn.anchor_lattice import AnchorLattice
 from mvcodec.nn.checkerboard import merge, split
+from mvcodec.nn.entropy_parameters import EntropyParameters
 from mvcodec.nn.global_context import ParallaxGlobalContext
 from mvcodec.nn.layers import start_at_unit_variance
 from mvcodec.nn.local_context import CheckerboardAttention
@@ -28,7 +31,7 @@ from mvcodec.nn.pmifm import Fusion, ParallaxSource
 # sigma 0.3, on a binary grid: a sparse channel's standard deviation is far below the scale of its few symbols
 LN_PRIOR_FLOOR = -1.2001953125
 
-# code(step, mu, ln_sigma) -> y_hat, all [B, slice, H, W / 2]; step 2 i is slice i's anchors, 2 i + 1 its non-anchors.
+# code(step, mu, ln_sigma) -> y_hat, all of the shape of a pass (`checkerboard.passes`); steps count the passes.
 CodeStep = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -74,27 +77,6 @@ class PlainChannelContext(Block):
         return self.conv3(a.leaky(self.conv2(a.leaky(self.conv1(torch.cat(slices, dim=1))))))
 
 
-class EntropyParameters(Block):
-    """EP, Eq. (4): 1x1 convolutions -> (mu, ln sigma offset). The last layer starts at zero: mu = 0, sigma = prior."""
-
-    def __init__(self, channels_in: int, hidden: tuple[int, ...], channels_out: int) -> None:
-        super().__init__()
-        widths = [channels_in, *hidden]
-        self.hidden = nn.ModuleList(Conv(a, b, 1) for a, b in pairwise(widths))
-        self.last = Conv(widths[-1], 2 * channels_out, 1)
-
-    def start_as_prior(self) -> None:
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.arithmetic
-        for layer in self.hidden:
-            x = a.leaky(layer(x))
-        mu, ln_sigma = a.convolve_last(self.last, x).chunk(2, dim=1)
-        return mu, ln_sigma
-
-
 class SliceModel(nn.Module):
     """Contexts and parameter nets of one slice; each Phi but Phi_h has `context` channels."""
 
@@ -111,6 +93,7 @@ class SliceModel(nn.Module):
         raw_slices: bool,
         tile: int,
         shared_source: bool,
+        lattice: bool,
     ) -> None:
         super().__init__()
         self.raw_slices = raw_slices
@@ -128,6 +111,7 @@ class SliceModel(nn.Module):
         guide = channels if self.guided_by_last else guide
         self.global_context = ParallaxGlobalContext(channels, guide, context, tile)
         self.anchor_parameters = EntropyParameters(known, widths, channels)
+        self.lattice = AnchorLattice(channels, hyper_channels, context, widths) if lattice else None
         self.other_parameters = EntropyParameters(known + 2 * context, widths, channels)
 
 
@@ -155,6 +139,7 @@ class ParaEM(Block):
         raw_slices: bool = False,
         tile: int = 0,
         shared_source: bool = True,
+        anchor_lattice: bool = False,
     ) -> None:
         super().__init__()
         self.slice_channels = latent_channels // slices
@@ -174,6 +159,7 @@ class ParaEM(Block):
                 raw_slices,
                 tile,
                 shared_source,
+                anchor_lattice and i == 0,
             )
             for i in range(slices)
         )
@@ -186,6 +172,7 @@ class ParaEM(Block):
 
     def forward(self, hyper: Tensor, ln_gain: Tensor, code: CodeStep) -> Tensor:
         """hyper Phi_h [B, C_h, H, W]; ln_gain [B]: log of the quantiser's reference gain -> y_hat [B, M, H, W]."""
+        steps = count()
         hyper_anchor, hyper_other = split(hyper)
         done: list[Tensor] = []  # y_hat of each finished slice, in quantiser steps
         seen: list[Tensor] = []  # the same in units
@@ -204,16 +191,22 @@ class ParaEM(Block):
                 anchor_inputs += [half for half, _ in known]
                 other_inputs += [half for _, half in known]
 
-            mu, ln_sigma = model.anchor_parameters(torch.cat(anchor_inputs, dim=1))
-            anchor = code(2 * i, mu * unit, ln_sigma + prior)
+            def coded(
+                parameters: EntropyParameters, inputs: list[Tensor], unit: Tensor = unit, prior: Tensor = prior
+            ) -> tuple[Tensor, Tensor]:
+                mu, ln_sigma = parameters(torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
+                value = code(next(steps), mu * unit, ln_sigma + prior)
+                return value, self.arithmetic.enter(value / unit)
 
-            anchor_seen = self.arithmetic.enter(anchor / unit)
+            if model.lattice is not None:
+                anchor, anchor_seen = model.lattice(hyper_anchor, model.anchor_parameters, coded)
+            else:
+                anchor, anchor_seen = coded(model.anchor_parameters, anchor_inputs)
             local = model.local_context(anchor_seen, split(guide)[1])
             global_ = model.global_context(anchor_seen, seen[-1] if model.guided_by_last else guide)
-            mu, ln_sigma = model.other_parameters(torch.cat([*other_inputs, local, global_], dim=1))
-            other = code(2 * i + 1, mu * unit, ln_sigma + prior)
+            other, other_seen = coded(model.other_parameters, [*other_inputs, local, global_])
 
             done.append(merge(anchor, other))
-            seen_halves.append((anchor_seen, self.arithmetic.enter(other / unit)))
+            seen_halves.append((anchor_seen, other_seen))
             seen.append(merge(*seen_halves[-1]))
         return torch.cat(done, dim=1)

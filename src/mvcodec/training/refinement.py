@@ -43,6 +43,7 @@ TRAINED_CROP = 128  # of the examples as trained
 SIDES = 5  # peers of an example at most
 SETS = 120  # windows of a scene, decoded and aligned: about 3 s of one core each
 SPOTS = 4  # examples per view
+BEYOND = 0.1  # of the scale of qualities: drawn from so much more at both ends, and clipped
 HARM_WEIGHT = 2.0
 
 # views and one quality in [0, 1] for each -> the views as decoded alone and the same cleaned, [K, 3, H, W] in [0, 1]
@@ -103,9 +104,10 @@ def examples(
 
     Peers in places that stay empty have consistency 0.
     """
-    qualities = [float(rng.random())] * len(views)
-    if rng.random() < 0.5:  # very unequal ones too
-        qualities = [float(q) for q in rng.random(len(views))]
+    # The ends of the scale, where peers help least, are drawn often: they have neighbours on one side only.
+    qualities = rng.uniform(-BEYOND, 1 + BEYOND, len(views)).clip(0, 1).tolist()
+    if rng.random() < 0.5:  # else very unequal ones
+        qualities = qualities[:1] * len(views)
     target = to_tensor(views)
     decoded, cleaned = decoder(target, qualities)
     quality = torch.tensor(qualities)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mvcodec.entropy.tables import Tables, fitted_tables
 from mvcodec.latents import quantised, snap, walk
-from mvcodec.nn.checkerboard import split
 from mvcodec.nn.gain import hat_basis
 from mvcodec.weights import Model
 
@@ -38,13 +37,13 @@ def symbol_counts(model: Model, pictures: Tensor, t: float) -> NDArray[np.int64]
     net = model.net
     basis = hat_basis(torch.full((len(pictures),), t), net.config.quality_knots)
     y = net.g_a(pictures, basis) * net.gain.gain(basis)
-    halves = [half.double() for part in y.chunk(net.config.slices, dim=1) for half in split(part)]
+    parts = [part.double() for part in net.config.coding_order(y)]
     width = 2 * SYMBOLS + 1
     seen = np.zeros(len(model.gaussian) * width, dtype=np.int64)
 
     def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
         mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-        symbols = quantised(halves[step], mu, index)
+        symbols = quantised(parts[step], mu, index)
         entries = index * width + symbols.clamp(-SYMBOLS, SYMBOLS).long() + SYMBOLS
         seen[:] += np.bincount(entries.flatten().numpy(), minlength=len(seen))
         return symbols + mu
