@@ -126,6 +126,7 @@ class Cursor:
 
 @dataclass
 class File:
+    version: int
     metadata: dict[str, object]
     sections: list[bytes]
     checks: list[int]
@@ -136,7 +137,8 @@ def read_file(data: bytes) -> File:
     """Sections 2 to 5: the first file in data."""
     c = Cursor(data)
     assert c.take(8) == bytes.fromhex("89 50 48 56 0D 0A 1A 0A")
-    assert c.uint(1) == 1
+    version = c.uint(1)
+    assert version in (1, 2)
     header_end = c.varint() + c.at
     assert crc16(data[:header_end]) == int.from_bytes(data[header_end : header_end + 2], "big")
     meta: dict[str, object] = {"model_id": c.take(8), "profile": c.uint(1), "quality": c.uint(2)}
@@ -148,10 +150,15 @@ def read_file(data: bytes) -> File:
     meta["timestamp_us"] = c.varint() if flags & 8 else None
     meta["icc"] = c.take(c.varint()) if flags & 16 else b""
     meta["exif"] = c.take(c.varint()) if flags & 32 else b""
-    sizes = [(c.varint(), c.uint(1))]
+
+    def section() -> tuple[int, int]:
+        size = c.varint()
+        return size, c.uint(1) if version == 1 or size > 0 else 0
+
+    sizes = [section()]
     checks = []
-    for _ in range(c.uint(1)):
-        sizes += [(c.varint(), c.uint(1)), (c.varint(), c.uint(1))]
+    for i in range(c.uint(1)):
+        sizes += [section() for _ in range(4 if version == 2 and i == 0 else 2)]
         checks.append(c.uint(2))
     assert c.at == header_end
     c.take(2)
@@ -160,4 +167,22 @@ def read_file(data: bytes) -> File:
         sections.append(c.take(size))
         assert crc8(sections[-1]) == check
     assert zlib.crc32(data[: c.at]) == c.uint(4)
-    return File(meta, sections, checks, c.at)
+    return File(version, meta, sections, checks, c.at)
+
+
+Places = list[list[tuple[int, int]]]  # of a grid: for each value its row and column in the slice
+
+
+def checkerboard(grid: Places) -> tuple[Places, Places]:
+    """Section 7.2: the packed anchors and non-anchors of a grid."""
+    anchors = [[row[2 * c + 1 - r % 2] for c in range(len(row) // 2)] for r, row in enumerate(grid)]
+    others = [[row[2 * c + r % 2] for c in range(len(row) // 2)] for r, row in enumerate(grid)]
+    return anchors, others
+
+
+def passes(version: int, slice_index: int, height: int, width: int) -> list[Places]:
+    """Section 7.2: where in a channel [height, width] of a slice the symbols of each pass stand."""
+    anchors, others = checkerboard([[(r, c) for c in range(width)] for r in range(height)])
+    if version == 1 or slice_index > 0:
+        return [anchors, others]
+    return [*checkerboard(anchors[0::2]), anchors[1::2], others]

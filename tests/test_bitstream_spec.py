@@ -6,17 +6,23 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mvcodec import container
+from mvcodec.container import Header, Slice, Stream, pack, section_names, sections_of
 from mvcodec.entropy import Tables, encode
 from mvcodec.entropy.tables import MAX_LENGTH, MAX_SYMBOL, MAX_TABLES
+from mvcodec.nn.checkerboard import split
+from tests import spec_reader
 
 SPEC = (Path(__file__).parent.parent / "bitstream_spec.md").read_text(encoding="utf-8")
 
 
-def test_signature_and_version() -> None:
+def test_signature_and_versions() -> None:
     assert container.SIGNATURE.hex(" ").upper() in SPEC
-    assert f"# The .phv bitstream, version {container.VERSION}" in SPEC
+    versions = [str(version) for version in container.VERSIONS]
+    assert f"# The .phv bitstream, versions {' and '.join(versions)}" in SPEC
+    assert f"| `version` | u8 | {' or '.join(versions)}. A reader MUST refuse any other |" in SPEC
 
 
 def test_limits() -> None:
@@ -37,6 +43,56 @@ def test_profiles() -> None:
 def test_fields_have_the_names_and_the_order_of_the_grammar() -> None:
     metadata = re.findall(r"^\| `(\w+)`", SPEC.split("### 3.1")[1].split("### 3.2")[0], re.MULTILINE)
     assert metadata == [sub.name if sub.name != "size" else "width" for sub in container.METADATA.subcons]
+
+
+def test_sections_have_the_names_and_the_order_of_the_grammar() -> None:
+    rows = re.findall(r"^\| (\d) \| (`anchor.*?`) \| (`anchor.*?`) \|$", SPEC, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(container.VERSIONS)
+    for version, *columns in rows:
+        for i, column in enumerate(columns):
+            names = [name.replace("non_", "non-").replace("_", " ") for name in re.findall(r"`(\w+)`", column)]
+            assert section_names(int(version), 2)[i] == [f"slice {i} {name}" for name in names]
+            assert sections_of(int(version), i) == len(names)
+
+
+def test_passes_of_slice_0_are_those_of_the_picture_in_the_specification() -> None:
+    drawn = re.search(r"```\n((?:[0-3 ]{15}\n){4})```", SPEC)
+    assert drawn
+    wanted = [[int(digit) for digit in line.split()] for line in drawn[1].splitlines()]
+    found = [[-1] * 8 for _ in range(4)]
+    for step, places in enumerate(spec_reader.passes(2, 0, 4, 8)):
+        for row, column in (place for line in places for place in line):
+            assert found[row][column] == -1, "no place is coded twice"
+            found[row][column] = step
+    assert found == wanted
+
+
+def test_passes_are_packed_as_the_codec_packs_them() -> None:
+    full = torch.arange(8 * 12).reshape(8, 12)
+    anchors, others = split(full)
+    four = [*split(anchors[0::2]), anchors[1::2], others]
+    for version, index, wanted in ((1, 0, [anchors, others]), (2, 1, [anchors, others]), (2, 0, four)):
+        passes = spec_reader.passes(version, index, 8, 12)
+        assert len(passes) == sections_of(version, index)
+        assert [[[12 * r + c for r, c in line] for line in places] for places in passes] == [x.tolist() for x in wanted]
+
+
+def overhead(passes: int, slices: int, filled: int) -> int:
+    """Bytes of a file beside its sections, of which those of the first `filled` slices hold something."""
+    section = bytes(200)
+    parts = [Slice((section if i < filled else b"",) * (2 if i else passes), i) for i in range(slices)]
+    header = Header(b"12345678", "fast", 37.5, 1920, 1080, camera_id="cam3")
+    data = pack(Stream(header, section, tuple(parts)))
+    return len(data) - len(section) * (1 + passes + 2 * (filled - 1))
+
+
+def test_overhead() -> None:
+    text = " ".join(SPEC.split())
+    assert f"version 1 has {overhead(2, 8, 8)} with 8 slices and {overhead(2, 9, 9)} with 9" in text
+    version_2 = (
+        f"version 2 has {overhead(4, 9, 9)} with 9 slices and {overhead(4, 9, 2)} where of those only slices 0 and 1"
+    )
+    assert version_2 in text
 
 
 def test_example() -> None:

@@ -163,7 +163,7 @@ def test_exit_6_a_batch_goes_on_past_a_bad_picture(cli: Cli, scene: Path) -> Non
 def test_exit_7_desynchronised(cli: Cli, coded: Path) -> None:
     stream = container.unpack((coded / "C1/00000000.phv").read_bytes())
     first = stream.slices[0]
-    forged = (container.Slice(first.anchor, first.non_anchor, first.check ^ 1), *stream.slices[1:])
+    forged = (container.Slice(first.sections, first.check ^ 1), *stream.slices[1:])
     Path("a.phv").write_bytes(container.pack(container.Stream(stream.header, stream.hyper, forged)))
     assert cli("verify", "a.phv").code == 0
     for command in (["verify", "--deep"], ["decode"]):
