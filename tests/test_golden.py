@@ -16,6 +16,7 @@ from mvcodec.latents import decode_intact, decode_latents
 from tests.golden.make import (
     FACTS,
     GOLDEN,
+    MODELS,
     PICTURE,
     drawn_model,
     golden_file,
@@ -29,6 +30,10 @@ KNOWN = json.loads(FACTS.read_text())
 SECTIONS = describe(DATA)["sections"]
 SLICES = len(SECTIONS) // 2
 CRC8_KERNEL = bytes([0x01, 0x07])  # x^8 + x^2 + x + 1: added anywhere, it leaves the CRC-8 as it was
+
+
+def facts(name: str) -> dict:
+    return json.loads(GOLDEN.with_name(f"{name}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,16 @@ def test_encoder_and_decoder_with_any_number_of_threads(model, threads, count):
     assert integers_sha256(decode_latents(model, unpack(DATA))) == KNOWN["integers_sha256"]
 
 
+def test_version_2(threads):
+    lattice, known = drawn_model("lattice"), facts("lattice")
+    data = GOLDEN.with_name("lattice.phv").read_bytes()
+    assert (describe(data)["version"], len(data), lattice.id.hex()) == (2, known["bytes"], known["model_id"])
+    for count in (1, 2):
+        threads(count)
+        assert golden_file(lattice) == data
+        assert integers_sha256(decode_latents(lattice, unpack(data))) == known["integers_sha256"]
+
+
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch about its own switch
 def test_without_onednn_the_same_file(model):
     with torch.backends.mkldnn.flags(enabled=False):
@@ -137,7 +152,7 @@ def test_lesser_processors_write_the_same_file(onednn, aten):
     done = subprocess.run(
         [sys.executable, "-m", "tests.golden.make"], env=environment, cwd=root, capture_output=True, check=True
     )
-    assert json.loads(done.stdout) == KNOWN
+    assert json.loads(done.stdout) == {name: facts(name) for name in MODELS}
 
 
 @pytest.mark.parametrize("patterns", [(0x01, 0x80, 0xFF), pytest.param(range(1, 256), marks=pytest.mark.slow)])

@@ -131,7 +131,7 @@ ENTROPY_SWITCHES = {
 }
 
 PROFILES = {
-    "fast": ModelConfig(refine="aligned"),
+    "fast": ModelConfig(refine="aligned", anchor_lattice=True),
     "paper": ModelConfig(
         profile="paper",
         transform="paper",

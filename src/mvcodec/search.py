@@ -188,6 +188,9 @@ class _Costs:
         rest = iter(parts)
         return [assembled(list(islice(rest, self.config.passes_of(i)))) for i in range(self.config.slices)]
 
+    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(self._slices(parts), dim=1)
+
     def curvature(self, y_hat: Tensor, generator: torch.Generator) -> Tensor:
         """Second derivative of the error by one latent of each channel [1, M, 1, 1], on the mean over its positions.
 

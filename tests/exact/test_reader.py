@@ -17,7 +17,8 @@ from mvcodec.latents import MU_GRID, snap, walk
 from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.weights import Model, export_model, load_model
 from tests.exact_reader import ExactReader, Map, read_model
-from tests.golden.make import FACTS, GOLDEN, drawn_model
+from tests.golden.make import GOLDEN, drawn_model
+from tests.golden.make import MODELS as DRAWN
 from tests.spec_reader import Table, crc16, decode_section, read_file
 
 MODELS = sorted(Path(__file__).parents[2].glob("models/*.safetensors"))
@@ -162,12 +163,15 @@ def sha256(y64: Map) -> str:
     return hashlib.sha256(y64.astype("<i4").tobytes()).hexdigest()
 
 
-def test_golden_file(golden_model, golden_model_file):
-    tensors, config = read_model(golden_model_file)
+@pytest.mark.parametrize("name", DRAWN)
+def test_golden_file(name, tmp_path):
+    model = drawn_model(name)
+    export_model(model.net, tmp_path / "golden.safetensors")
+    tensors, config = read_model(tmp_path / "golden.safetensors")
     # A second export makes the tables of z anew, from weights that the first one rounded to fp16.
-    tensors |= {f"tables.hyper.{part}": array.astype(np.int64) for part, array in golden_model.hyper.arrays().items()}
-    facts = json.loads(FACTS.read_text())
-    assert sha256(decoded(GOLDEN.read_bytes(), tensors, config)) == facts["integers_sha256"]
+    tensors |= {f"tables.hyper.{part}": array.astype(np.int64) for part, array in model.hyper.arrays().items()}
+    facts = json.loads(GOLDEN.with_name(f"{name}.json").read_text())
+    assert sha256(decoded(GOLDEN.with_name(f"{name}.phv").read_bytes(), tensors, config)) == facts["integers_sha256"]
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

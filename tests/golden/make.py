@@ -1,7 +1,8 @@
-"""What tests/golden holds, made from numbers alone: `python -m tests.golden.make` prints it, `--write` writes it.
+"""What tests/golden holds, made from numbers alone: `python -m tests.golden.make` prints it, `--write NAME` writes it.
 
-The model is the tiny profile with every weight drawn by PCG64 as an integer and scaled, so no file of weights is
-needed and no generator of torch is trusted. y and z are drawn the same way, far from any rounding tie.
+The models are the tiny profile, and the same with anchors on a lattice, which writes version 2 of the format; every
+weight is drawn by PCG64 as an integer and scaled, so no file of weights is needed and no generator of torch is trusted.
+y and z are drawn the same way, far from any rounding tie.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mvcodec.weights import Model, export_model, load_model
 GOLDEN = Path(__file__).parent / "tiny.phv"
 PICTURE = GOLDEN.with_name("picture.phv")
 FACTS = GOLDEN.with_suffix(".json")
+MODELS: dict[str, dict[str, bool]] = {"tiny": {}, "lattice": {"anchor_lattice": True}}  # by name of their golden file
 WIDTH, HEIGHT, QUALITY = 100, 50, 42.0
 # Parts that the networks have lost since the golden file was made. They are drawn all the same, for what follows them.
 RETIRED = {
@@ -36,9 +38,9 @@ RETIRED = {
 }
 
 
-def drawn_model() -> Model:
-    """The tiny profile: weights are integers in +-1000, over 1000 sqrt(fan-in); units are powers of two."""
-    net = ParaHydra(config_for("tiny"))
+def drawn_model(name: str = "tiny") -> Model:
+    """One of MODELS: weights are integers in +-1000, over 1000 sqrt(fan-in); units are powers of two."""
+    net = ParaHydra(config_for("tiny", **MODELS[name]))
     rng = np.random.Generator(np.random.PCG64(2026))
     state = {}
     for name, value in sorted({**net.state_dict(), **RETIRED}.items()):
@@ -102,17 +104,22 @@ def picture_margin(model: Model) -> float:
     return float(ties.min())
 
 
-if __name__ == "__main__":
-    model = drawn_model()
+def facts_of(model: Model) -> dict[str, int | str]:
     data = golden_file(model)
-    facts = {
+    return {
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "model_id": model.id.hex(),
         "integers_sha256": integers_sha256(drawn_latents(model).y_hat),
     }
-    if "--write" in sys.argv:
-        GOLDEN.write_bytes(data)
-        PICTURE.write_bytes(golden_picture_file(model))
-        FACTS.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    models = {name: drawn_model(name) for name in MODELS}
+    facts = {name: facts_of(model) for name, model in models.items()}
+    for name in sys.argv[2:] if "--write" in sys.argv else []:
+        GOLDEN.with_name(f"{name}.phv").write_bytes(golden_file(models[name]))
+        GOLDEN.with_name(f"{name}.json").write_text(json.dumps(facts[name], indent=1) + "\n")
+        if name == "tiny":
+            PICTURE.write_bytes(golden_picture_file(models[name]))
     print(json.dumps(facts))  # noqa: T201

@@ -6,8 +6,8 @@
     odd rows:  (mu, sigma) = EP(Phi_h, context of the even rows), diagonal neighbours of theirs
 
 The paper codes half of each slice without neighbours. Its first slice holds nearly all bits of small files, most of
-them in blocks' means, whose neighbours tell much. Cf. the four passes of He et al.'s spatial context ("ELIC", CVPR 2022)
-and of multistage contexts (Lin et al., "Multistage spatial context models", CVPR workshops 2023).
+them in blocks' means, whose neighbours tell much. Cf. Lin et al., "Multistage spatial context models for learned image
+compression" (ICASSP 2023), which codes every slice in such passes.
 """
 
 from __future__ import annotations

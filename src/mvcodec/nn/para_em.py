@@ -179,6 +179,7 @@ class ParaEM(Block):
         seen_halves: list[tuple[Tensor, Tensor]] = []  # and once more, as anchors and non-anchors
         features: list[SourceFeatures] = []  # what PCCM needs of each
         for i, model in enumerate(self.models):
+            assert isinstance(model, SliceModel)
             channels = slice(i * self.slice_channels, (i + 1) * self.slice_channels)
             unit = self.unit[channels]
             prior = (self.ln_spread[channels] + ln_gain[:, None, None, None]).clamp(min=LN_PRIOR_FLOOR)
