@@ -177,11 +177,9 @@ class _Costs:
 
         latents: Tensor = self.para_em(self.hyper, self.ln_gain, code)
         cost = sum(self._slices(bits), self._error(latents))
-        gradient = torch.autograd.grad(cost.sum(), y_hat)
-        up, down, coded = (torch.cat(self._slices(parts), dim=1) for parts in zip(*others, strict=True))
-        return _State(
-            target, latents.detach(), torch.cat(self._slices(gradient), dim=1), up, down, coded, cost.detach()
-        )
+        gradient = self._whole(torch.autograd.grad(cost.sum(), y_hat))
+        up, down, coded = (self._whole(parts) for parts in zip(*others, strict=True))
+        return _State(target, latents.detach(), gradient, up, down, coded, cost.detach())
 
     def _slices(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """What belongs to each coding step -> to each slice."""
