@@ -14,7 +14,6 @@ from mvcodec.container import Stream, describe, unpack
 from mvcodec.errors import BitstreamError, DesyncError, MvcodecError
 from mvcodec.latents import decode_intact, decode_latents
 from tests.golden.make import (
-    FACTS,
     GOLDEN,
     MODELS,
     PICTURE,
@@ -25,15 +24,16 @@ from tests.golden.make import (
     picture_margin,
 )
 
-DATA = GOLDEN.read_bytes()
-KNOWN = json.loads(FACTS.read_text())
-SECTIONS = describe(DATA)["sections"]
-SLICES = len(SECTIONS) // 2
-CRC8_KERNEL = bytes([0x01, 0x07])  # x^8 + x^2 + x + 1: added anywhere, it leaves the CRC-8 as it was
-
 
 def facts(name: str) -> dict:
     return json.loads(GOLDEN.with_name(f"{name}.json").read_text())
+
+
+DATA = GOLDEN.read_bytes()
+KNOWN = facts("tiny")
+SECTIONS = describe(DATA)["sections"]
+SLICES = len(SECTIONS) // 2
+CRC8_KERNEL = bytes([0x01, 0x07])  # x^8 + x^2 + x + 1: added anywhere, it leaves the CRC-8 as it was
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from mvcodec.weights import Model, export_model, load_model
 
 GOLDEN = Path(__file__).parent / "tiny.phv"
 PICTURE = GOLDEN.with_name("picture.phv")
-FACTS = GOLDEN.with_suffix(".json")
 MODELS: dict[str, dict[str, bool]] = {"tiny": {}, "lattice": {"anchor_lattice": True}}  # by name of their golden file
 WIDTH, HEIGHT, QUALITY = 100, 50, 42.0
 # Parts that the networks have lost since the golden file was made. They are drawn all the same, for what follows them.
