@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from mvcodec import entropy
 from mvcodec.container import Damage, Header, Slice, Stream, integer_check, section_names, sections_of
-from mvcodec.entropy.tables import MAX_SYMBOL
+from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
 from mvcodec.exact.conv import strict
 from mvcodec.graphs import PLAIN
+from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain
-from mvcodec.nn.hyperprior import bits, gaussian_bits
+from mvcodec.nn.hyperprior import band_of, bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.tiling import USUAL
@@ -49,9 +51,16 @@ def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
     return mu, torch.bucketize(ln_sigma.permute(0, 2, 3, 1).contiguous(), thresholds).permute(0, 3, 1, 2)
 
 
-def quantised(y: Tensor, mu: Tensor, index: Tensor) -> Tensor:
+def quantised(y: Tensor, mu: Tensor, index: Tensor, dead_zone: bool = True) -> Tensor:
     """y and its parameters -> symbols, as integers in float64. Those of the lowest sigma are not coded, and zero."""
-    return torch.where(index == 0, 0.0, (y - mu).round().clamp(-MAX_SYMBOL, MAX_SYMBOL))
+    symbols = rounded(y - mu, dead_zones(y.device)[index]) if dead_zone else (y - mu).round()
+    return torch.where(index == 0, 0.0, symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL))
+
+
+@lru_cache
+def dead_zones(device: torch.device) -> Tensor:
+    """`dead_zone.threshold` of each of the coder's scales, [64] float64."""
+    return threshold(torch.from_numpy(SIGMAS).log()).to(device)
 
 
 def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep) -> Tensor:
@@ -95,12 +104,18 @@ class EncodedLatents(NamedTuple):
 
 
 def encode_latents(
-    model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False, shown: Tensor | None = None
+    model: Model,
+    y: Tensor,
+    z: Tensor,
+    t: float,
+    estimate: bool = False,
+    shown: Tensor | None = None,
+    dead_zone: bool = True,
 ) -> EncodedLatents:
     """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections.
 
     shown [1, 1, h, w]: 1 where a latent holds any of the picture (default: all do); the others keep the decoder's
-    expectation of them, whose symbols are zero.
+    expectation of them, whose symbols are zero. dead_zone: that of dead_zone.py; else y - mu is rounded as it is.
     """
     if not (y.isfinite().all() and z.isfinite().all()):
         raise ModelError("the encoder's networks gave numbers that are not finite; their weights are damaged")
@@ -111,20 +126,22 @@ def encode_latents(
     if shown is not None:
         seen = config.coding_order(to_device(shown.double(), y.device).expand(-1, config.slices, -1, -1))
     sections: list[Future[bytes]] = []
-    estimates = [bits(model.net.z_prior.likelihood(z_hat)).item() if estimate else math.nan]
+    quality = torch.tensor([t], dtype=torch.float64, device=y.device)
+    estimates = [bits(model.net.z_prior.likelihood(z_hat, quality)).item() if estimate else math.nan]
 
     with ThreadPoolExecutor(max_workers=1) as coder:  # beside the network, which knows the next values already
-        hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), model)
+        tables = _hyper_index(z_hat.shape, t, config.hyper_bands)
+        hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), tables, model)
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            symbols = quantised(parts[step], mu, index)
+            symbols = quantised(parts[step], mu, index, dead_zone)
             if seen is not None:
                 symbols = symbols * seen[step]
             coming = Fetched(torch.stack((symbols.short(), index.short())))
             sections.append(coder.submit(_encode_section, coming, model))
             if estimate:
-                estimates.append(gaussian_bits(symbols, ln_sigma).item())
+                estimates.append(gaussian_bits(symbols, symbols, ln_sigma).item())
             return symbols + mu
 
         y_hat = walk(model, z_hat, t, code)
@@ -135,9 +152,8 @@ def encode_latents(
     return EncodedLatents(first, slices, y_hat, sum(estimates))
 
 
-def _encode_hyper(coming: Fetched, model: Model) -> bytes:
-    z_hat = coming.wait()
-    return entropy.encode(z_hat.ravel(), _hyper_index(z_hat.shape), model.hyper)
+def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> bytes:
+    return entropy.encode(coming.wait().ravel(), tables, model.hyper)
 
 
 def _encode_section(coming: Fetched, model: Model) -> bytes:
@@ -226,7 +242,8 @@ class _Opened:
         self.model, self.stream, self.place = model, stream, place
         config = model.net.config
         shape = (1, config.hyper_channels, *(-(-side // HYPER_STRIDE) for side in _sides(stream.header)))
-        self.z_hat = entropy.decode(stream.hyper, _hyper_index(shape), model.hyper).reshape(shape)
+        tables = _hyper_index(shape, stream.header.quality / 100, config.hyper_bands)
+        self.z_hat = entropy.decode(stream.hyper, tables, model.hyper).reshape(shape)
         self.passes = [config.passes_of(i) for i in range(config.slices)]
         found = [len(part.sections) for part in stream.slices]
         if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
@@ -315,7 +332,8 @@ def _sides(header: Header) -> tuple[int, int]:
     return header.height, header.width
 
 
-def _hyper_index(shape: tuple[int, ...] | torch.Size) -> NDArray[np.int32]:
-    """Table of each z in C order: its channel."""
+def _hyper_index(shape: tuple[int, ...] | torch.Size, t: float, bands: int) -> NDArray[np.int32]:
+    """Table of each z in C order: that of its channel in the band of quality t."""
     _, channels, height, width = shape
-    return np.repeat(np.arange(channels, dtype=np.int32), height * width)
+    first = channels * band_of(round(10000 * t), bands)
+    return np.repeat(np.arange(first, first + channels, dtype=np.int32), height * width)

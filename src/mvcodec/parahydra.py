@@ -18,6 +18,7 @@ from mvcodec.nn import hyperprior as hp
 from mvcodec.nn import transforms as tf
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.checkerboard import passes
+from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
 from mvcodec.nn.para_em import ParaEM
 from mvcodec.nn.para_jd import ParaJD
@@ -33,6 +34,7 @@ class ModelConfig:
     transform: str = "klt"  # klt | paper
     latent_channels: int = 288  # M
     hyper_channels: int = 128  # N, of z
+    hyper_bands: int = 1  # parts of the scale of qualities, each with tables of its own for z
     prior_channels: int = 256  # of Phi_h
     context_channels: int = 64  # of Phi_ch, Phi_lc, Phi_gc
     slices: int = 9
@@ -86,7 +88,7 @@ class ModelConfig:
         if any(len(n) != 2 or max(n) > 64 for n in (self.analysis_blocks, self.synthesis_blocks)):
             raise ValueError("numbers of blocks")
         sizes = (self.hyper_channels, self.prior_channels, self.context_channels, self.block_channels)
-        if min(*sizes, *self.parameter_widths, *self.fusion_widths, *self.fine_widths) < 1:
+        if min(self.hyper_bands, *sizes, *self.parameter_widths, *self.fusion_widths, *self.fine_widths) < 1:
             raise ValueError("a width of zero")
 
     def coding_order(self, y: Tensor) -> list[Tensor]:
@@ -103,6 +105,8 @@ class ModelConfig:
         switches = {name: value for name, value in self.to_dict().items() if name in ENTROPY_SWITCHES}
         if not self.anchor_lattice:  # younger than the first files, whose ids know nothing of it
             del switches["anchor_lattice"]
+        if self.hyper_bands == 1:  # as young
+            del switches["hyper_bands"]
         return switches
 
 
@@ -117,6 +121,7 @@ CHOICES = {
 ENTROPY_SWITCHES = {
     "latent_channels",
     "hyper_channels",
+    "hyper_bands",
     "prior_channels",
     "context_channels",
     "slices",
@@ -131,7 +136,7 @@ ENTROPY_SWITCHES = {
 }
 
 PROFILES = {
-    "fast": ModelConfig(refine="aligned", anchor_lattice=True),
+    "fast": ModelConfig(refine="aligned", anchor_lattice=True, hyper_bands=7),
     "paper": ModelConfig(
         profile="paper",
         transform="paper",
@@ -200,7 +205,7 @@ class ParaHydra(nn.Module):
         self.gain = QualityGain(c.latent_channels, c.quality_knots)
         self.h_a = hp.HyperAnalysis(c.latent_channels, c.hyper_channels)
         self.h_s = hp.HyperSynthesis(c.hyper_channels, c.prior_channels)
-        self.z_prior = hp.FactorizedPrior(c.hyper_channels)
+        self.z_prior = hp.FactorizedPrior(c.hyper_channels, bands=c.hyper_bands)
         self.para_em = ParaEM(
             c.latent_channels,
             c.prior_channels,
@@ -256,7 +261,7 @@ class ParaHydra(nn.Module):
             with torch.autocast(y.device.type, enabled=False) if integers else nullcontext():
                 y_hat, bits = self._entropy(y, t.flatten())
         else:
-            y_hat, bits = hp.round_straight_through(y), torch.zeros_like(t).flatten()
+            y_hat, bits = hp.straight_through(y, y.round()), torch.zeros_like(t).flatten()
         if not decode:
             return TrainingOutput(pictures, bits.unflatten(0, (batch, views)))
         y_hat = y_hat * self.gain.inverse(basis)
@@ -269,15 +274,17 @@ class ParaHydra(nn.Module):
     def _entropy(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """y [B, M, h, w], t [B] -> y_hat as the decoder will have it, bits of each view [B] (Eq. (2), (3))."""
         z = self.h_a(y).float()
-        total = hp.bits(self.z_prior.likelihood(hp.noisy(z)))
-        hyper = self.h_s(hp.round_straight_through(z))
+        total = hp.bits(self.z_prior.likelihood(hp.noisy(z), t))
+        hyper = self.h_s(hp.straight_through(z, z.round()))
         steps = self.config.coding_order(y)
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
             nonlocal total
-            residual = steps[step] - mu.float()
-            total = total + hp.gaussian_bits(residual, ln_sigma.float())
-            return hp.round_straight_through(residual) + mu.float()
+            residual, ln_sigma = steps[step] - mu.float(), ln_sigma.float()
+            with torch.no_grad():
+                symbols = rounded(residual, threshold(ln_sigma))
+            total = total + hp.gaussian_bits(residual, symbols, ln_sigma)
+            return hp.straight_through(residual, symbols) + mu.float()
 
         low, high = log_gain_reference(0), log_gain_reference(1)
         y_hat = self.para_em(hyper, low + (high - low) * t, code)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mvcodec.exact.arithmetic import FLOAT, use
 from mvcodec.nn.checkerboard import assembled
+from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain, hat_basis, rate_distortion_lambda
 from mvcodec.nn.hyperprior import LN_SIGMA_BOUND, gaussian_likelihood
 from mvcodec.tiling import SMALLEST
@@ -165,7 +166,7 @@ class _Costs:
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
             coded = (ln_sigma.detach() > self.ln_sigma_coded) * self.shown[step]
             ln_sigma = ln_sigma.clamp(min=LN_SIGMA_BOUND)
-            k = (parts[step] - mu.detach()).round() * coded
+            k = rounded(parts[step] - mu.detach(), threshold(ln_sigma.detach())) * coded
             y_hat.append((mu.detach() + k).requires_grad_())
             own = _bits(k, ln_sigma)
             with torch.no_grad():

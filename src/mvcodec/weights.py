@@ -232,7 +232,7 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}") from error
-    if len(tables["hyper"]) != config.hyper_channels or len(tables["gaussian"]) != 64:
+    if len(tables["hyper"]) != config.hyper_bands * config.hyper_channels or len(tables["gaussian"]) != 64:
         raise ModelError(f"{path}: entropy tables do not fit the configuration")
     net.requires_grad_(False).eval()
     net.to(device)

@@ -146,14 +146,16 @@ def decoded(data: bytes, tensors: Mapping[str, Map], config: Mapping[str, Any]) 
     height, width = (-(-int(str(file.metadata[side])) // 64) for side in ("height", "width"))
     hyper, *sections = file.sections
     shape, gaussian = (config["hyper_channels"], height, width), tables("gaussian")
-    channels = np.indices(shape)[0].ravel().tolist()
+    quality = int(str(file.metadata["quality"]))
+    band = (2 * quality * (len(tables("hyper")) // shape[0] - 1) + 10000) // 20000
+    channels = (np.indices(shape)[0] + band * shape[0]).ravel().tolist()
     z_hat = np.array(decode_section(hyper, channels, tables("hyper"), skip_first=False)).reshape(shape)
 
     def symbols(step: int, index: Map) -> Map:
         values = decode_section(sections[step], index.ravel().tolist(), gaussian, skip_first=True)
         return np.array(values).reshape(index.shape)
 
-    _, y64 = ExactReader(tensors, config).read(z_hat, int(str(file.metadata["quality"])), symbols)
+    _, y64 = ExactReader(tensors, config).read(z_hat, quality, symbols)
     for part, check in zip(np.split(y64, config["slices"]), file.checks, strict=True):
         assert crc16(part.astype("<i4").tobytes()) == check
     return y64

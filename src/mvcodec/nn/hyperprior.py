@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from mvcodec.nn.layers import leaky, start_at_unit_variance
 LIKELIHOOD_BOUND = 2.0**-16  # the smallest probability in the coder's tables
 LN_SIGMA_BOUND = -2.3  # just under the coder's lowest scale, 0.11
 HYPER_START = 4.0  # initial magnification of z: rounded to zero, it would carry nothing to learn from
+
+Whole = TypeVar("Whole", int, Tensor)
 
 
 class HyperAnalysis(nn.Module):
@@ -51,31 +53,46 @@ class HyperSynthesis(Block):
 class FactorizedPrior(nn.Module):
     """psi of Eq. (2): each channel of z is a mixture of three logistics, integrated over unit bins.
 
-    Closed form, so its tables need no search for quantiles; the usual monotone network fits no better here.
+    Closed form, so its tables need no search for quantiles; the usual monotone network fits no better here. z grows
+    with the quality it is made at: each of `bands` equal parts of the scale has mixtures of its own (`band_of`), and
+    its channels come after those of the band below.
     """
 
-    def __init__(self, channels: int, components: int = 3) -> None:
+    def __init__(self, channels: int, components: int = 3, bands: int = 1) -> None:
         super().__init__()
+        self.bands = bands
+        channels *= bands
         self.logit = nn.Parameter(torch.zeros(components, channels, 1, 1))
         self.mean = nn.Parameter(torch.linspace(-2, 2, components)[:, None, None, None].repeat(1, channels, 1, 1))
         self.ln_scale = nn.Parameter(torch.zeros(components, channels, 1, 1))
 
-    def likelihood(self, z: Tensor) -> Tensor:
-        """z [B, N, h, w], noisy or integer -> probability of the unit bin around it, same shape."""
-        inverse = torch.exp(-self.ln_scale.clamp(-4, 6))
-        distance = (z[:, None] - self.mean).abs()
+    def likelihood(self, z: Tensor, t: Tensor) -> Tensor:
+        """z [B, N, h, w], noisy or integer, of quality t [B] -> probability of the unit bin around it, same shape."""
+        logit, mean, ln_scale = (self._of_band(values, t) for values in (self.logit, self.mean, self.ln_scale))
+        inverse = torch.exp(-ln_scale.clamp(-4, 6))
+        distance = (z[:, None] - mean).abs()
         # Upper tail minus upper tail, on |z - mean|: no cancellation far from the mean.
         mass = torch.sigmoid((0.5 - distance) * inverse) - torch.sigmoid((-0.5 - distance) * inverse)
-        return lower_bound((self.logit.softmax(dim=0) * mass).sum(dim=1), LIKELIHOOD_BOUND)
+        return lower_bound((logit.softmax(dim=1) * mass).sum(dim=1), LIKELIHOOD_BOUND)
+
+    def _of_band(self, values: Tensor, t: Tensor) -> Tensor:
+        """[components, bands N, 1, 1] -> [B, components, N, 1, 1]."""
+        band = band_of((10000 * t).round().long(), self.bands)
+        return values.unflatten(1, (self.bands, -1))[:, band].transpose(0, 1)
 
     @torch.no_grad()
     def pmf(self, bound: int) -> Tensor:
-        """[N, 2 bound + 1] float64 probabilities of the integers -bound .. bound."""
+        """[bands N, 2 bound + 1] float64 probabilities of the integers -bound .. bound."""
         values = torch.arange(-bound, bound + 1, dtype=torch.float64, device=self.mean.device)
         prior = FactorizedPrior(self.mean.shape[1], self.mean.shape[0]).to(self.mean.device).double()
         prior.load_state_dict(self.state_dict())
         grid = values[None, None, :, None].expand(1, self.mean.shape[1], -1, 1)
-        return prior.likelihood(grid)[0, :, :, 0]
+        return prior.likelihood(grid, values.new_zeros(1))[0, :, :, 0]
+
+
+def band_of(quality: Whole, bands: int) -> Whole:
+    """Of so many equally spaced qualities the nearest, counted from 0. quality: in hundredths, as in a header."""
+    return (2 * (bands - 1) * quality + 10000) // 20000
 
 
 def gaussian_likelihood(residual: Tensor, ln_sigma: Tensor) -> Tensor:
@@ -111,21 +128,21 @@ def bits(likelihood: Tensor) -> Tensor:
     return -torch.log2(likelihood).flatten(1).sum(dim=1)
 
 
-def gaussian_bits(residual: Tensor, ln_sigma: Tensor) -> Tensor:
-    """Bits per sample of the symbols round(residual), residual = y - mu (Eq. (3)): [B, ...] -> [B].
+def gaussian_bits(residual: Tensor, symbols: Tensor, ln_sigma: Tensor) -> Tensor:
+    """Bits per sample of the symbols that residual = y - mu is rounded to (Eq. (3)): [B, ...] -> [B].
 
-    The value is that of the rounded symbols, which is what a file costs, and so is sigma's gradient. The residual's
+    The value is that of the symbols, which is what a file costs, and so is sigma's gradient. The residual's
     gradient is that of the usual noisy relaxation. Noise in the value too would charge 0.13 bit for a certain zero.
     """
     ln_sigma = lower_bound(ln_sigma, LN_SIGMA_BOUND)
-    exact = bits(gaussian_likelihood(residual.detach().round(), ln_sigma))
+    exact = bits(gaussian_likelihood(symbols, ln_sigma))
     relaxed = bits(gaussian_likelihood(noisy(residual), ln_sigma.detach()))
     return exact + relaxed - relaxed.detach()
 
 
-def round_straight_through(x: Tensor) -> Tensor:
-    """round() whose gradient is the identity."""
-    return x + (x.round() - x).detach()
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """rounded, with the gradient of x."""
+    return x + (rounded - x).detach()
 
 
 def noisy(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mvcodec.nn.gain import rate_distortion_lambda
 
 DISTORTIONS = ("mse", "ms-ssim")
+BEYOND = 0.05  # of the scale of qualities: drawn from so much more at both ends, and clipped
 MS_SSIM_FACTOR = 1280.0  # lambda of 1 - MS-SSIM over lambda of 255^2 MSE: the middle of CompressAI's eight pairs
 
 
@@ -23,10 +24,10 @@ class Objective(NamedTuple):
 
 
 def sample_quality(step: int, seed: int, batch: int, views: int) -> Tensor:
-    """t [B, K] in [0, 1]: stratified over the batch; views of one scene differ."""
+    """t [B, K] in [0, 1], the ends a little more often: stratified over the batch; views of one scene differ."""
     rng = np.random.default_rng((seed, step, 1))
     strata = (rng.permutation(batch * views) + rng.random(batch * views)) / (batch * views)
-    return torch.from_numpy(strata.reshape(batch, views)).float()
+    return torch.from_numpy(((1 + 2 * BEYOND) * strata - BEYOND).clip(0, 1).reshape(batch, views)).float()
 
 
 def loss_of(pictures: Tensor, decoded: Tensor, bits: Tensor, t: Tensor, distortion: str = "mse") -> Objective:
