@@ -20,13 +20,13 @@ from torch import Tensor
 
 from mvcodec import entropy
 from mvcodec.entropy.tables import MAX_SYMBOL, gaussian_tables, sigma_thresholds
-from mvcodec.exact.quantise import fix, quantise
+from mvcodec.exact.quantise import fix
 from mvcodec.latents import snap
 from mvcodec.nn.gain import exact_log_gain, hat_basis
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training.checkpoint import starting_weights
 from mvcodec.training.data import calibration_pictures, find_scenes, read_rgb
-from mvcodec.weights import CALIBRATION_QUALITIES, exact_parts
+from mvcodec.weights import calibrate, exact_parts
 
 QUALITIES = (0, 25, 50, 75, 100)
 TABLES = gaussian_tables()
@@ -39,15 +39,8 @@ class EntropyPath:
     def __init__(self, net: ParaHydra, replay_on: list[Tensor] | None, exact: bool) -> None:
         self.net, self.number = copy.deepcopy(net), torch.float64 if exact else torch.float32
         if exact:
-            parts = exact_parts(self.net)
-
-            def replay() -> None:
-                for views in replay_on or []:
-                    for t in CALIBRATION_QUALITIES:
-                        self.net(views[None], torch.full((1, 1), t), joint=False, fuse=False, clean=False)
-
-            quantise(parts, replay if replay_on else None)
-            fix(parts)
+            calibrate(self.net, replay_on or [])
+            fix(exact_parts(self.net))
 
     def run(self, y: Tensor, z: Tensor, quality: float) -> tuple[int, float]:
         """Bytes of the sections of y, and seconds spent outside the coder."""
