@@ -250,7 +250,7 @@ class ParaHydra(nn.Module):
 
         clean: with the refinement's peerless part; its peers are not included, they have a stage of their own.
         rate=False leaves out the entropy model, for stages that change no bit: y is rounded as it is, whose errors are
-        distributed like those of rounding y - mu; bits are then zero.
+        distributed nearly like those of a file's integers; bits are then zero.
         decode=False leaves out the decoder, for a stage that moves bits alone: pictures are then those given.
         """
         batch, views = t.shape

@@ -66,7 +66,7 @@ def decode_alone(net: ParaHydra) -> Decoder:
         with torch.autocast(device.type, torch.bfloat16):
             for x, quality in zip(padded, qualities, strict=True):
                 t = torch.tensor([[quality]], device=device)
-                out = net(x[None, None], t, joint=False, fuse=False, rate=False, clean=False)
+                out = net(x[None, None], t, joint=False, fuse=False, clean=False)
                 picture = out.pictures[0, :, :, :height, :width].clamp(0, 1)
                 decoded.append(picture)
                 cleaned.append(refinement.clean(picture, t[0])[0].clamp(0, 1))
