@@ -53,7 +53,7 @@ def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
 
 def quantised(y: Tensor, mu: Tensor, index: Tensor, dead_zone: bool = True) -> Tensor:
     """y and its parameters -> symbols, as integers in float64. Those of the lowest sigma are not coded, and zero."""
-    symbols = rounded(y - mu, dead_zones(y.device)[index]) if dead_zone else (y - mu).round()
+    symbols = rounded(y - mu, dead_zones(y.device).take(index)) if dead_zone else (y - mu).round()
     return torch.where(index == 0, 0.0, symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL))
 
 
