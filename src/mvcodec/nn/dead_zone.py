@@ -15,17 +15,16 @@ import math
 import torch
 from torch import Tensor
 
+from mvcodec.nn.hyperprior import gaussian_likelihood
+
 ACCEPTED = 0.2
 WORTH = 2 * 6 / math.log(2)  # bits that two steps squared are worth
-LEAST_PROBABILITY = 2.0**-16  # of the coder's tables
 
 
 def threshold(ln_sigma: Tensor) -> Tensor:
     """Of |y - mu|, under which a symbol is zero: from 1/2 at large sigma to 0.69. Same shape."""
-    inverse = torch.exp(-ln_sigma)
-    beyond_zero, beyond_one = torch.special.ndtr(-0.5 * inverse), torch.special.ndtr(-1.5 * inverse)
-    one = (beyond_zero - beyond_one).clamp(min=LEAST_PROBABILITY)
-    return 0.5 + ACCEPTED / WORTH * torch.log2((1 - 2 * beyond_zero) / one).clamp(min=0)
+    zero, one = (gaussian_likelihood(torch.full_like(ln_sigma, k), ln_sigma) for k in (0.0, 1.0))
+    return 0.5 + ACCEPTED / WORTH * torch.log2(zero / one).clamp(min=0)
 
 
 def rounded(residual: Tensor, zone: Tensor) -> Tensor:

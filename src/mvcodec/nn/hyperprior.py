@@ -54,8 +54,8 @@ class FactorizedPrior(nn.Module):
     """psi of Eq. (2): each channel of z is a mixture of three logistics, integrated over unit bins.
 
     Closed form, so its tables need no search for quantiles; the usual monotone network fits no better here. z grows
-    with the quality it is made at: each of `bands` equal parts of the scale has mixtures of its own (`band_of`), and
-    its channels come after those of the band below.
+    with the quality it is made at: each of `bands` parts of the scale has mixtures of its own (`band_of`), and its
+    channels come after those of the band below.
     """
 
     def __init__(self, channels: int, components: int = 3, bands: int = 1) -> None:
