@@ -51,9 +51,9 @@ def snap(mu: Tensor, ln_sigma: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
     return mu, torch.bucketize(ln_sigma.permute(0, 2, 3, 1).contiguous(), thresholds).permute(0, 3, 1, 2)
 
 
-def quantised(y: Tensor, mu: Tensor, index: Tensor, dead_zone: bool = True) -> Tensor:
+def quantised(y: Tensor, mu: Tensor, index: Tensor) -> Tensor:
     """y and its parameters -> symbols, as integers in float64. Those of the lowest sigma are not coded, and zero."""
-    symbols = rounded(y - mu, dead_zones(y.device).take(index)) if dead_zone else (y - mu).round()
+    symbols = rounded(y - mu, dead_zones(y.device).take(index))
     return torch.where(index == 0, 0.0, symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL))
 
 
@@ -104,18 +104,12 @@ class EncodedLatents(NamedTuple):
 
 
 def encode_latents(
-    model: Model,
-    y: Tensor,
-    z: Tensor,
-    t: float,
-    estimate: bool = False,
-    shown: Tensor | None = None,
-    dead_zone: bool = True,
+    model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False, shown: Tensor | None = None
 ) -> EncodedLatents:
     """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections.
 
     shown [1, 1, h, w]: 1 where a latent holds any of the picture (default: all do); the others keep the decoder's
-    expectation of them, whose symbols are zero. dead_zone: that of dead_zone.py; else y - mu is rounded as it is.
+    expectation of them, whose symbols are zero.
     """
     if not (y.isfinite().all() and z.isfinite().all()):
         raise ModelError("the encoder's networks gave numbers that are not finite; their weights are damaged")
@@ -126,8 +120,10 @@ def encode_latents(
     if shown is not None:
         seen = config.coding_order(to_device(shown.double(), y.device).expand(-1, config.slices, -1, -1))
     sections: list[Future[bytes]] = []
-    quality = torch.tensor([t], dtype=torch.float64, device=y.device)
-    estimates = [bits(model.net.z_prior.likelihood(z_hat, quality)).item() if estimate else math.nan]
+    estimates = [math.nan]
+    if estimate:
+        quality = torch.tensor([t], dtype=torch.float64, device=y.device)
+        estimates = [bits(model.net.z_prior.likelihood(z_hat, quality)).item()]
 
     with ThreadPoolExecutor(max_workers=1) as coder:  # beside the network, which knows the next values already
         tables = _hyper_index(z_hat.shape, t, config.hyper_bands)
@@ -135,7 +131,7 @@ def encode_latents(
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            symbols = quantised(parts[step], mu, index, dead_zone)
+            symbols = quantised(parts[step], mu, index)
             if seen is not None:
                 symbols = symbols * seen[step]
             coming = Fetched(torch.stack((symbols.short(), index.short())))

@@ -12,7 +12,7 @@ from mvcodec.nn.hyperprior import gaussian_likelihood
 def test_the_rarer_a_one_the_wider_the_zone():
     zones = threshold(torch.from_numpy(np.log(SIGMAS)))
     assert (zones.diff() <= 0).all()
-    assert zones[-1] == 0.5 or zones[-1] - 0.5 < 1e-4
+    assert 0 <= zones[-1] - 0.5 < 1e-4
     assert 0.6 < zones[0] < 0.75
 
 
@@ -34,4 +34,4 @@ def test_the_encoder_takes_the_zone_of_each_scale():
     inside, outside = mu - zones + 1e-6, mu - zones - 1e-6
     assert (quantised(inside, mu, index) == 0).all()
     assert (quantised(outside, mu, index)[1:] == -1).all()  # the lowest scale is not coded
-    assert (quantised(inside, mu, index, dead_zone=False)[1:32] == -1).all()
+    assert ((inside - mu).round()[1:32] == -1).all()
