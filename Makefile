@@ -17,7 +17,7 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/mvcodec bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/peers.py # as mvcodec itself runs
+	$(BIN)/python benchmarks/peers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

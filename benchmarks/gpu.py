@@ -32,11 +32,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from mvcodec.runtime import prepare
+
+prepare()  # before torch is imported
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvcodec import codec, entropy, images, latents, selftest, weights
-from mvcodec.cli import THREADS
 from mvcodec.container import unpack
 from mvcodec.evaluation import speed
 from mvcodec.exact.conv import ExactConvolution
@@ -354,7 +357,6 @@ def run_here(options: argparse.Namespace) -> None:
 def run_all(options: argparse.Namespace) -> None:
     """Each part in a process of its own: what breaks a GPU's context, or hangs, takes no other with it."""
     ends = time.monotonic() + options.seconds
-    environment = {**THREADS, **os.environ}  # as `mvcodec` itself runs
     for part in options.parts:
         left = ends - time.monotonic()
         if left < 5:
@@ -364,9 +366,7 @@ def run_all(options: argparse.Namespace) -> None:
         given += ["--out", str(options.out)] if options.out else []
         command = [sys.executable, str(Path(__file__).resolve()), "--part", part, *given]
         try:
-            done = subprocess.run(
-                command, timeout=left, stderr=subprocess.PIPE, text=True, check=False, env=environment
-            )
+            done = subprocess.run(command, timeout=left, stderr=subprocess.PIPE, text=True, check=False)
             error = None if done.returncode == 0 else done.stderr[-2000:]
         except subprocess.TimeoutExpired:
             error = f"stopped after {left:.0f} s"

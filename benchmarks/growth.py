@@ -19,6 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from mvcodec.runtime import prepare
+
+prepare()  # before torch is imported
+
 from mvcodec import codec, images
 from mvcodec.evaluation import speed
 from mvcodec.files import shipped

@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mvcodec.runtime import prepare
+
+prepare()  # before torch is imported
+
 import torch
 
 from mvcodec import codec, images

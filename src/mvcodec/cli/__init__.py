@@ -14,7 +14,6 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model m
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -24,6 +23,7 @@ import click
 
 from mvcodec import __version__
 from mvcodec.errors import INTERRUPTED_EXIT_CODE, MvcodecError, UsageError
+from mvcodec.runtime import prepare
 
 COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "export", "evaluate", "demo", "models", "selftest")
 
@@ -58,16 +58,9 @@ def group(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-# Threads that spin for long while they wait for each other take six times as long on a machine that does anything else,
-# and so do cameras' computers; threads that sleep at once make the thousands of small operations of Para-EM slower on
-# two cores than on one. A spin of some microseconds is enough for those.
-THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-
-
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with the code of whatever went wrong."""
-    for name, value in THREADS.items():  # before torch is imported
-        os.environ.setdefault(name, value)
+    prepare()  # before torch is imported
     try:
         code = group.main(args, prog_name="mvcodec", standalone_mode=False)
     except click.ClickException as error:

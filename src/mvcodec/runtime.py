@@ -1,0 +1,36 @@
+"""What a process of mvcodec asks of the system's libraries: threads that sleep, and memory that stays.
+
+For a program that owns its process, as the `mvcodec` command does, and before torch is imported there:
+
+    from mvcodec.runtime import prepare
+    prepare()
+
+Results do not depend on it; speed on a processor does. What the environment already says is left alone.
+"""
+
+import ctypes
+import os
+from contextlib import suppress
+
+# Threads that spin for long while they wait for each other take six times as long on a machine that does anything else,
+# and so do cameras' computers; threads that sleep at once make the thousands of small operations of Para-EM slower on
+# two cores than on one. A spin of some microseconds is enough for those.
+THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+
+# To give the process a map of a megapixel, page by page, takes as long as to compute it. glibc's malloc shall keep
+# what is freed in pieces of up to KEPT bytes, the first of them that its version takes, until STAYS have come together.
+KEPT, STAYS = (64 << 20, 32 << 20), 512 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def prepare() -> None:
+    """Settings of threads and memory for this process. Nothing happens where the C library is not glibc."""
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        _ = libc.gnu_get_libc_version  # others have a mallopt that means nothing
+        if any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in KEPT):
+            libc.mallopt(M_TRIM_THRESHOLD, STAYS)
