@@ -235,7 +235,7 @@ def compiled(options: argparse.Namespace) -> Iterator[Record]:
 def walks(options: argparse.Namespace) -> Iterator[Record]:
     """Views through the entropy path one by one, as views of different sizes go: what walking together saves."""
     model = options.load("fast")
-    with patch.object(codec, "pixels_in_a_walk", lambda *_: 0):
+    with patch.object(codec, "pixels_in_walks", lambda *_: 0):
         yield from measured(options, model, options.cases[0])
 
 

@@ -80,7 +80,7 @@ def test_views_of_one_size_are_decoded_in_one_walk_and_none_where_memory_is_shor
         codec, "decode_intact", lambda model, views: walks.append(len(views)) or decode_intact(model, views)
     )
     together = decode_set(tiny_model, files)
-    monkeypatch.setattr(codec, "pixels_in_a_walk", lambda *_: 0)
+    monkeypatch.setattr(codec, "pixels_in_walks", lambda *_: 0)
     for one, other in zip(together, decode_set(tiny_model, files), strict=True):
         assert np.array_equal(one.pixels, other.pixels)
     assert walks == [2, 1, 1, 1, 1]

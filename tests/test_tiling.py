@@ -9,7 +9,7 @@ from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import ParaHydra, config_for
-from mvcodec.tiling import PROGRAM, STEADYING, footprint, pixels_at_once, pixels_in_a_walk, tiled
+from mvcodec.tiling import PROGRAM, STEADYING, footprint, pixels_at_once, pixels_in_walks, tiled
 
 STAGES = ("g_a", "coarse", "fine", "clean")
 
@@ -82,5 +82,5 @@ def test_budgets_that_are_promised():
     with pytest.raises(UsageError):
         pixels_at_once("klt", max_memory=PROGRAM + 80_000_000 + STEADYING, **pair)
     assert pixels_at_once("klt", max_memory=PROGRAM + 90_000_000 + STEADYING, **pair) > 400 * 400
-    assert pixels_in_a_walk("cuda", None) >= 6 * 1024 * 832
-    assert pixels_in_a_walk("cuda", 1 << 30) < full_hd
+    assert pixels_in_walks(None) >= 6 * 1024 * 832
+    assert pixels_in_walks(1 << 30) < full_hd

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvcodec.container import Damage, Header, Stream, pack, unpack
+from mvcodec.cores import beside
 from mvcodec.errors import ModelError, MvcodecError, UsageError
+from mvcodec.exact.conv import strict
 from mvcodec.graphs import PLAIN, Graphs
 from mvcodec.images import Image
-from mvcodec.latents import LATENT_STRIDE, decode_intact, encode_latents, of_one_size, same_size
+from mvcodec.latents import LATENT_STRIDE, Walk, decode_intact, encode_latents, of_one_size, same_size
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import correction, excess
@@ -24,7 +26,7 @@ from mvcodec.nn.transforms import KltSynthesisCoarse
 from mvcodec.padding import extended, shown
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
-from mvcodec.tiling import pixels_at_once, pixels_in_a_walk, tiled
+from mvcodec.tiling import FEW, pixels_at_once, pixels_in_walks, tiled
 from mvcodec.transfers import fetched, to_device
 from mvcodec.weights import Model
 
@@ -189,9 +191,7 @@ def decode_set(
             s.slices[0].sections if s.slices else (),
         )
     )
-    results: dict[int, tuple[Tensor, Stream] | MvcodecError] = {}
-    for group in same_size(streams, pixels_in_a_walk(model.device.type, max_memory)):
-        results |= zip(group, decode_intact(model, [streams[k] for k in group]), strict=True)
+    results = _decoded(model, streams, max_memory)
     decoded: list[tuple[Tensor, Stream]] = []
     for k, stream in enumerate(streams):
         result = results[k]
@@ -223,6 +223,21 @@ def decode_set(
             )
         )
     return views
+
+
+def _decoded(
+    model: Model, streams: Sequence[Stream], max_memory: int | None
+) -> dict[int, tuple[Tensor, Stream] | MvcodecError]:
+    """`decode_intact` of all: on a GPU those of one size together, on a processor beside each other."""
+    room, cpu = pixels_in_walks(max_memory), model.device.type == "cpu"
+    walks = same_size(streams, min(room, FEW), torch.get_num_threads()) if cpu else same_size(streams, room)
+
+    def decode(walk: Walk) -> dict[int, tuple[Tensor, Stream] | MvcodecError]:
+        return dict(zip(walk.places, decode_intact(model, [streams[k] for k in walk.places]), strict=True))
+
+    with strict():  # here, and not in threads that would undo it for one another
+        found = beside(decode, walks, model.device, room // max(walk.pixels for walk in walks))
+    return {k: result for walk in found for k, result in walk.items()}
 
 
 class Reconstruction(NamedTuple):
@@ -264,18 +279,21 @@ def reconstruct(
         pixels = LATENT_STRIDE**2 * height * width
         peers = 0 if together is None else min(max_peers or len(group), len(group) - 1)
         most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers)
-        # On a CPU a batch is no faster than its views one by one, which stay in the cache.
-        most = min(most, pixels) if model.device.type == "cpu" else most
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
         if together is not None:
             with _autocast(model):
                 refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps, most=most)
             pictures, shares = refined.pictures, refined[1:]
-        for k, picture in zip(group, pictures, strict=True):
-            picture = picture[None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
-            if known is None or known[k]:
-                one = slice(k, k + 1)
-                picture = _constrained(model, picture, latents[k].float(), basis[one], qualities[one], most)
+
+        def finished(place: int, group: list[int] = group, pictures: Tensor = pictures, most: int = most) -> Tensor:
+            k = group[place]
+            picture = pictures[place, None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
+            if known is not None and not known[k]:
+                return picture
+            one = slice(k, k + 1)
+            return _constrained(model, picture, latents[k].float(), basis[one], qualities[one], most)
+
+        for k, picture in zip(group, beside(finished, range(len(group)), model.device, most // pixels), strict=True):
             decoded[k] = picture[0]
     return Reconstruction(decoded, *shares)
 

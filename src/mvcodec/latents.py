@@ -179,14 +179,23 @@ def of_one_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     return [[k for k, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
 
 
-def same_size(streams: Sequence[Stream], most: int) -> list[list[int]]:
-    """Places of views that may be decoded together, of at most so many pixels."""
+class Walk(NamedTuple):
+    """Views that are decoded together, by their places."""
+
+    places: list[int]
+    pixels: int  # of all of them, as they are padded
+
+
+def same_size(streams: Sequence[Stream], most: int, walks: int = 1) -> list[Walk]:
+    """Views that may be decoded together, of at most so many pixels; those of a size in no fewer walks, if they can."""
     sizes = [tuple(-(-side // HYPER_STRIDE) for side in _sides(stream.header)) for stream in streams]
-    groups: list[list[int]] = []
+    found: list[Walk] = []
     for places in of_one_size(sizes):
-        many = max(1, most // (math.prod(sizes[places[0]]) * HYPER_STRIDE**2))
-        groups += [places[k : k + many] for k in range(0, len(places), many)]
-    return groups
+        pixels = math.prod(sizes[places[0]]) * HYPER_STRIDE**2
+        many = max(1, min(most // pixels, -(-len(places) // walks)))
+        parts = [places[k : k + many] for k in range(0, len(places), many)]
+        found += [Walk(part, len(part) * pixels) for part in parts]
+    return found
 
 
 def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:

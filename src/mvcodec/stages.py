@@ -1,6 +1,7 @@
 """Times of the codec's stages, taken inside the real encode_image and decode_set.
 
-Stages nest (the coder runs inside Para-EM); each is charged its own time alone, so that they add up.
+Stages nest (the coder runs inside Para-EM); each is charged its own time alone, so that they add up. Where views are
+computed beside each other, stages are those of the thread that called, and its wait for the others is no stage's.
 """
 
 from __future__ import annotations
@@ -91,10 +92,12 @@ def watched(model: Model, watch: Stopwatch) -> Iterator[None]:
                 continue
 
             def enter(*_: Any, name: str = stage) -> None:
-                watch.start(name)
+                if threading.get_ident() == watch.thread:
+                    watch.start(name)
 
             def leave(*_: Any) -> None:
-                watch.stop()
+                if threading.get_ident() == watch.thread:
+                    watch.stop()
 
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mvcodec.cores import beside
 from mvcodec.errors import UsageError
 
 # stage(x [B, C, h, w], views): B views of the batch, all of them or a part, whole or a tile.
@@ -70,10 +71,9 @@ def pixels_at_once(
     return (max_memory - held) // working
 
 
-def pixels_in_a_walk(device: str, max_memory: int | None) -> int:
-    """How many pixels of views may go through the entropy path together; a single view always may."""
-    usual = USUAL if device != "cpu" else FEW
-    return usual if max_memory is None else min(usual, max(0, max_memory - PROGRAM) // (2 * WALK))
+def pixels_in_walks(max_memory: int | None) -> int:
+    """How many pixels of views may go through the entropy path at a time, all walks together; one view always may."""
+    return USUAL if max_memory is None else min(USUAL, max(0, max_memory - PROGRAM) // (2 * WALK))
 
 
 class Footprint(NamedTuple):
@@ -114,12 +114,16 @@ def footprint(module: nn.Module, run: Stage, probe: Tensor) -> Footprint:
 def tiled(module: nn.Module, run: Stage, x: Tensor, most: int) -> Tensor:
     """The stage `run` of x [B, C, H, W], at most `most` input positions at a time -> its output.
 
-    `run` applies `module`. What fits is done in one piece; else view by view, and where one does not fit, in tiles.
+    `run` applies `module`. What fits is done in one piece, on a processor as views beside each other; where not even
+    one view fits, in tiles.
     """
     batch, _, height, width = x.shape
     if height * width <= most:
-        group = most // (height * width)
-        parts = [run(x[k : k + group], slice(k, k + group)) for k in range(0, batch, group)]
+        together = most // (height * width)
+        # On a processor a batch is no faster than its views one by one, which stay in a core's cache.
+        group = 1 if x.device.type == "cpu" else together
+        views = [slice(k, k + group) for k in range(0, batch, group)]
+        parts = beside(lambda part: run(x[part], part), views, x.device, together)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     seen = footprint(module, run, x[:1, :, :PROBE, :PROBE])
     side = max(math.isqrt(most) - 2 * seen.reach, seen.reach, seen.grid) // seen.grid * seen.grid

@@ -6,14 +6,17 @@ it is made of convolutions, sums and a leaky slope that is a power of two; no no
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mvcodec.exact.arithmetic import LEAKY_SLOPE, Block
 from mvcodec.exact.conv import Conv
 
+Layer = TypeVar("Layer", bound=nn.Module)
 BRANCH_GAIN = 0.1  # Adam moves all 1,728 weights behind an output at once: a full-size branch overshoots the KLT start
 
 
@@ -97,8 +100,8 @@ class QualityBranch(nn.Module):
         """
         if folds(quality):
             enter, leave = _folded(self.enter, self.leave, self.film, self.scale, quality, order)
-            features = self.blocks(_leaky_(functional_call(self.enter, enter, x)))
-            return _add(functional_call(self.leave, leave, features), x)
+            features = self.blocks(_leaky_(substituted(self.enter, enter)(x)))
+            return _add(substituted(self.leave, leave)(features), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         features = self.blocks(leaky(self.enter(x / self.scale) * (1 + gain) + shift))
         return x + self.leave(features) * (BRANCH_GAIN * self.scale)
@@ -128,7 +131,7 @@ class QualityBlock(nn.Module):
         """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]; order: see above."""
         if folds(quality):
             first, second = _folded(self.conv1, self.conv2, self.film, self.scale, quality, order)
-            return _add(functional_call(self.conv2, second, _leaky_(functional_call(self.conv1, first, x))), x)
+            return _add(substituted(self.conv2, second)(_leaky_(substituted(self.conv1, first)(x))), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         hidden = leaky(self.conv1(x / self.scale) * (1 + gain) + shift)
         return x + self.conv2(hidden) * (BRANCH_GAIN * self.scale)
@@ -137,6 +140,13 @@ class QualityBlock(nn.Module):
 def folds(quality: Tensor) -> bool:
     """Whether layers compute with weights made for the quality at hand: in use, for one view's [1, knots]."""
     return len(quality) == 1 and not torch.is_grad_enabled()
+
+
+def substituted(layer: Layer, parameters: dict[str, Tensor]) -> Layer:
+    """A layer with other parameters. Unlike torch's `functional_call` it leaves the layer itself to other threads."""
+    twin = copy.copy(layer)
+    twin.__dict__["_parameters"] = parameters
+    return twin
 
 
 def _folded(

@@ -14,10 +14,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mvcodec.nn.gdn import GDN
-from mvcodec.nn.layers import QualityBlock, QualityBranch, folds
+from mvcodec.nn.layers import QualityBlock, QualityBranch, folds, substituted
 
 BLOCK = 8  # side of the pixel-unshuffle
 PIXELS = 3 * BLOCK * BLOCK  # channels at 1/8
@@ -84,7 +83,7 @@ class KltAnalysis(nn.Module):
         for depth, stage in enumerate((self.stage2.branch, self.stage4.branch, self.stage8), 1):
             x = stage(halved(x), quality, halved_order(depth, x.device))
         klt = {**dict(self.klt.named_parameters()), "weight": self.klt.weight[:, halved_order(3, x.device)]}
-        y: Tensor = self.stage16(functional_call(self.klt, klt, x), quality)
+        y: Tensor = self.stage16(substituted(self.klt, klt)(x), quality)
         return y
 
 

@@ -1,0 +1,65 @@
+"""Views beside each other on a processor's cores.
+
+The operations of a network divide badly between cores: many are small, and large ones wait for memory. Views divide
+well. So where several are to be computed, each core takes the next one and computes it alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def beside(
+    work: Callable[[Item], Result], items: Sequence[Item], device: torch.device, most: int | None = None
+) -> list[Result]:
+    """`work` of each item, in their order; on a processor several at a time: as many as torch has threads.
+
+    most: at a time, where each needs much memory. The threads share what torch was told about gradients and precision.
+    The first error ends it, once what has begun is done.
+    """
+    cores = torch.get_num_threads()
+    threads = min(cores, len(items), cores if most is None else most) if device.type == "cpu" else 1
+    if threads < 2:
+        return [work(item) for item in items]
+    waiting = deque(enumerate(items))
+    results: dict[int, Result] = {}
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    autocast, precision = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def next_one() -> tuple[int, Item] | None:
+        with suppress(IndexError):  # another thread may have taken the last
+            return waiting.popleft()
+        return None
+
+    def take_turns() -> None:
+        torch.set_num_threads(max(1, cores // threads))  # for the operations of the thread that says so
+        with (
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(gradients),
+            torch.autocast("cpu", precision, autocast),
+        ):
+            try:
+                while (chosen := next_one()) is not None:
+                    results[chosen[0]] = work(chosen[1])
+            except BaseException:
+                waiting.clear()
+                raise
+
+    try:
+        with ThreadPoolExecutor(threads - 1) as others:
+            running = [others.submit(take_turns) for _ in range(threads - 1)]
+            take_turns()
+        for thread in running:
+            thread.result()
+    finally:
+        torch.set_num_threads(cores)
+    return [results[place] for place in range(len(items))]
