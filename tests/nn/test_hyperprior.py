@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from mvcodec.container import Stream, unpack
 from mvcodec.errors import ModelError
 from mvcodec.latents import decode_latents, encode_latents
-from mvcodec.nn.hyperprior import FactorizedPrior, band_of
+from mvcodec.nn.hyperprior import FactorizedPrior, asinh, band_of
 from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.weights import export_model, load_model
 from tests.test_codec import encoded
@@ -66,3 +66,9 @@ def test_tables_must_be_as_many_as_the_bands_ask_for(tmp_path, bands):
     save_file(load_file(path), path, about)
     with pytest.raises(ModelError):
         load_model(path)
+
+
+def test_asinh_is_asinh():
+    x = torch.cat((torch.linspace(-300, 300, 6001), torch.logspace(-9, 4, 200), torch.zeros(1)))
+    torch.testing.assert_close(asinh(x), torch.asinh(x), rtol=1e-6, atol=3e-7)
+    torch.testing.assert_close(asinh(x.clone().requires_grad_()).detach(), asinh(x), rtol=1e-6, atol=3e-7)

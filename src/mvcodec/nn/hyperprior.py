@@ -31,7 +31,14 @@ class HyperAnalysis(nn.Module):
             self.conv3.weight *= HYPER_START
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.conv3(leaky(self.conv2(leaky(self.conv1(torch.asinh(y))))))
+        return self.conv3(leaky(self.conv2(leaky(self.conv1(asinh(y))))))
+
+
+def asinh(x: Tensor) -> Tensor:
+    """torch's takes five times as long on a processor: it goes from number to number."""
+    if x.requires_grad:
+        return torch.asinh(x)
+    return (x * x).add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
 
 class HyperSynthesis(Block):
