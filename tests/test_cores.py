@@ -1,6 +1,7 @@
 """Work on several cores at a time: what it computes, in what order, and what it leaves behind."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mvcodec import codec
 from mvcodec.codec import decode_set
 from mvcodec.cores import beside
 from mvcodec.images import Image
+from mvcodec.stages import Stopwatch, watched
 from tests.conftest import smooth_picture
 
 CPU = torch.device("cpu")
@@ -78,3 +80,18 @@ def test_views_decoded_beside_each_other_are_the_same_views(tiny_model, monkeypa
             one_by_one = decode_set(tiny_model, files, **how)
         for a, b in zip(found, one_by_one, strict=True):
             assert abs(a.pixels.astype(int) - b.pixels).max() <= 1  # sums in another order
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_stopwatch_is_not_confused_by_other_threads(tiny_model):
+    files = [
+        codec.encode_image(tiny_model, Image(smooth_picture(70, 90, seed)), 50, camera_id=f"cam{seed}")
+        for seed in range(4)
+    ]
+    watch = Stopwatch(CPU)
+    began = time.perf_counter()
+    with watched(tiny_model, watch):
+        decode_set(tiny_model, files, joint=False)
+    assert {"Para-EM", "Para-JD", "other cores"} <= set(watch.seconds)
+    assert 0 < sum(watch.seconds.values()) < time.perf_counter() - began
+    assert min(watch.seconds.values()) >= 0

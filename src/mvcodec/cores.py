@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
@@ -58,8 +58,13 @@ def beside(
         with ThreadPoolExecutor(threads - 1) as others:
             running = [others.submit(take_turns) for _ in range(threads - 1)]
             take_turns()
-        for thread in running:
-            thread.result()
+            finish(running)
     finally:
         torch.set_num_threads(cores)
     return [results[place] for place in range(len(items))]
+
+
+def finish(running: Sequence[Future[None]]) -> None:
+    """Wait for what the other cores still have to do."""
+    for thread in running:
+        thread.result()

@@ -1,7 +1,7 @@
 """Times of the codec's stages, taken inside the real encode_image and decode_set.
 
 Stages nest (the coder runs inside Para-EM); each is charged its own time alone, so that they add up. Where views are
-computed beside each other, stages are those of the thread that called, and its wait for the others is no stage's.
+computed beside each other, stages are those of the thread that called, and its wait for the others is one more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from mvcodec import codec, entropy, latents
+from mvcodec import codec, cores, entropy, latents
 from mvcodec.graphs import Chain
 from mvcodec.weights import Model
 
@@ -32,6 +32,7 @@ FUNCTIONS = [
     (latents, "finish", "coder"),
     (latents, "decode_sections", "coder"),
     (latents, "verify_sections", "coder"),
+    (cores, "finish", "other cores"),
 ]
 
 
