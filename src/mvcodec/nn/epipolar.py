@@ -36,12 +36,12 @@ class Lines(NamedTuple):
 
     points: Tensor  # [2, 3, H / SPACING, W / SPACING]: normal, offset
 
-    def at(self, flow: Tensor, rows: slice, columns: slice) -> Pull:
-        """For a tile of the flow."""
+    def at(self, flow: Tensor, rows: slice, columns: slice, ways: slice) -> Pull:
+        """For a tile of the flow, of both ways or one."""
         # one point more on either side, to interpolate between
         near = [slice(max(part.start // SPACING - 1, 0), -(-part.stop // SPACING) + 1) for part in (rows, columns)]
         smooth = F.interpolate(
-            self.points[..., near[0], near[1]], scale_factor=SPACING, mode="bilinear", align_corners=False
+            self.points[ways, :, near[0], near[1]], scale_factor=SPACING, mode="bilinear", align_corners=False
         )
         top, left = rows.start - SPACING * near[0].start, columns.start - SPACING * near[1].start
         smooth = smooth[..., top : top + flow.shape[-2], left : left + flow.shape[-1]]
