@@ -63,11 +63,12 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(width, width, 3, padding=1)
+            nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(width, width, 3, padding=1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        out: Tensor = self.body(x)
+        return out.add_(x)  # a convolution does not look at its output again: gradients are as without this
 
 
 class AlignedRefinement(nn.Module):
@@ -76,21 +77,21 @@ class AlignedRefinement(nn.Module):
     def __init__(self, width: int = 40) -> None:
         super().__init__()
         self.look = nn.Sequential(
-            nn.Conv2d(12 + 1, width, 3, padding=1), nn.LeakyReLU(0.1), _Residual(width), _Residual(width)
+            nn.Conv2d(12 + 1, width, 3, padding=1), nn.LeakyReLU(0.1, inplace=True), _Residual(width), _Residual(width)
         )
         self.clean_out = _zero(nn.Conv2d(width, 12, 3, padding=1))
         self.pair = nn.Sequential(
             nn.Conv2d(width + 12 + 4 + 2, width, 3, padding=1),
-            nn.LeakyReLU(0.1),
+            nn.LeakyReLU(0.1, inplace=True),
             _Residual(width),
             _Residual(width),
         )
         self.pair_out = nn.Conv2d(width, 4 + width, 1)
         self.head = nn.Sequential(
             nn.Conv2d(2 * width + 12 + 4, width, 3, padding=1),
-            nn.LeakyReLU(0.1),
+            nn.LeakyReLU(0.1, inplace=True),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.LeakyReLU(0.1),
+            nn.LeakyReLU(0.1, inplace=True),
             _zero(nn.Conv2d(width, 12, 3, padding=1)),
         )
         # Weights that hold it bring it along, others switch it off: it is no part of the configuration, so that the
