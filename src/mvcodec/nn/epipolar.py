@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.nn.filters import enlarge
 from mvcodec.nn.warping import pixel_grid, sample
 
 SPACING = 8  # of the points that F is found from, in pixels
@@ -40,9 +41,7 @@ class Lines(NamedTuple):
         """For a tile of the flow, of both ways or one."""
         # one point more on either side, to interpolate between
         near = [slice(max(part.start // SPACING - 1, 0), -(-part.stop // SPACING) + 1) for part in (rows, columns)]
-        smooth = F.interpolate(
-            self.points[ways, :, near[0], near[1]], scale_factor=SPACING, mode="bilinear", align_corners=False
-        )
+        smooth = enlarge(self.points[ways, :, near[0], near[1]], SPACING)
         top, left = rows.start - SPACING * near[0].start, columns.start - SPACING * near[1].start
         smooth = smooth[..., top : top + flow.shape[-2], left : left + flow.shape[-1]]
         normal = smooth[:, :2]
