@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mvcodec.nn.alignment import Sight, sights
 from mvcodec.nn.steady_flow import SteadyFlow
-from mvcodec.nn.warping import bands, warp
+from mvcodec.nn.warping import BAND_PIXELS, CACHED_PIXELS, bands, warp
 from mvcodec.tiling import Span, spans, tiled
 
 SCALE = 16.0  # coding errors are about 1/50 of the range: brings them near 1 inside the net
@@ -240,7 +240,7 @@ def see(side: Tensor, main: Tensor, flow: Tensor, consistency: Tensor) -> Tensor
 def match_colours(warped: Tensor, main: Tensor, consistency: Tensor) -> Tensor:
     """Least squares gain and offset per channel; drawn towards (1, 0) where there is little to go by."""
     sums: list[Tensor | float] = [0.0] * 5
-    for rows in bands(main):
+    for rows in bands(main, CACHED_PIXELS if main.device.type == "cpu" else BAND_PIXELS):
         side, target, weight = (x[..., rows, :] for x in (warped, main, consistency))
         weighted = weight * side
         terms = (weight, weighted, weight * target, weighted * side, weighted * target)

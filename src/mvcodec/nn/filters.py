@@ -59,8 +59,7 @@ def median(x: Tensor) -> Tensor:
     """Median of three along rows, then along columns."""
     for dim in (-1, -2):
         before, here, after = _shifts(x, dim)
-        low, high = torch.minimum(before, here), torch.maximum(before, here)
-        x = torch.minimum(high, after, out=high).maximum(low)
+        x = here.clamp(torch.minimum(before, after), torch.maximum(before, after))
     return x
 
 

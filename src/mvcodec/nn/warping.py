@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BAND_PIXELS = 1 << 20
+CACHED_PIXELS = 1 << 15  # of several maps that stay in a core's cache
 
 
 def pixel_grid(height: int, width: int, like: Tensor, top: int = 0, left: int = 0) -> Tensor:
@@ -39,10 +40,10 @@ def sample_along(picture: Tensor, flow: Tensor, mode: str = "bilinear", top: int
     return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
 
 
-def bands(like: Tensor) -> list[slice]:
+def bands(like: Tensor, pixels: int = BAND_PIXELS) -> list[slice]:
     """Rows of a map [.., H, W] that are worked on at a time, so that memory is bounded."""
     height, width = like.shape[-2:]
-    rows = max(1, BAND_PIXELS // width)
+    rows = max(1, pixels // width)
     return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
