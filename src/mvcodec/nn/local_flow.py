@@ -92,7 +92,8 @@ def _solve(main: Tensor, warped: Tensor, flow: Tensor, pull: Pull | None, edges:
     both = warped.add_(main)
     dx, dy = _pairs(both, 1, -1), _pairs(both, below, -1)
     tx, ty = trust * dx, trust.mul_(dy)
-    products, spare = torch.zeros(2, 5, flow.shape[1], dtype=flow.dtype, device=flow.device)
+    products = flow.new_empty(5, flow.shape[1])
+    spare = torch.zeros_like(products)
     for row, a, b in zip(products.split(1), (tx, tx, ty, tx, ty), (dx, dy, dy, apart, apart), strict=True):
         torch.mul(a, b, out=row)
     for beyond, border in edges.outside(products.view(5, *shape)):
@@ -122,9 +123,8 @@ def _solve(main: Tensor, warped: Tensor, flow: Tensor, pull: Pull | None, edges:
     xx += pull_back
     yy += pull_back
     # With m the neighbours' mean of the new flow, weighed by `smooth`, and f the old flow, a step is
-    #     new = f + P (m - f) - Q,     P = pull_back / D (yy -xy; -xy xx),     D = xx yy - xy xy.
+    #     new = f + clamp(P (m - f) - Q, +-2),     P = pull_back / D (yy -xy; -xy xx),     D = xx yy - xy xy.
     # All of it is multiplied by `smooth` beforehand, so that a step is two sums over neighbours and two products.
-    # In the end no pixel has moved by more than 2.
     for beyond, _ in edges.outside(smooth.view(shape)):
         beyond.zero_()  # and so is all that follows, there: what is outside has no say
     weight = (xx * yy).addcmul_(xy, xy, value=-1).reciprocal_().mul_(smooth)
@@ -150,7 +150,7 @@ def _solve(main: Tensor, warped: Tensor, flow: Tensor, pull: Pull | None, edges:
         torch.addcmul(rest, gain, neighbours, out=weighted)
         weighted[:1].addcmul_(cross, neighbours[1:], value=-1)
         weighted[1:].addcmul_(cross, neighbours[:1], value=-1)
-    torch.clamp(weighted, lowest, highest, out=weighted)
+        torch.clamp(weighted, lowest, highest, out=weighted)
     flow = weighted.div_(smooth).view(2, *shape)
     for beyond, border in edges.outside(flow):
         beyond.copy_(border)
