@@ -25,7 +25,7 @@ def stereo() -> Tensor:
 def everywhere(flow: Tensor) -> Pull:
     lines = epipolar_lines(flow)
     assert lines is not None
-    return lines.at(flow, *(slice(0, length) for length in flow.shape[-2:]))
+    return lines.at(flow, *(slice(0, length) for length in flow.shape[-2:]), slice(None))
 
 
 def test_a_tile_is_drawn_as_the_whole_is() -> None:
@@ -34,7 +34,7 @@ def test_a_tile_is_drawn_as_the_whole_is() -> None:
     assert lines is not None
     for tile in ((slice(0, 84), slice(140, 224)), (slice(44, 150), slice(0, 31))):
         seen = (..., *tile)
-        for part, whole in zip(lines.at(flow[seen], *tile), everywhere(flow), strict=True):
+        for part, whole in zip(lines.at(flow[seen], *tile, slice(None)), everywhere(flow), strict=True):
             torch.testing.assert_close(part, whole[seen], atol=1e-4, rtol=1e-5)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvcodec.nn.epipolar import epipolar_lines
-from mvcodec.nn.filters import blur, local_mean
+from mvcodec.nn.filters import blur, enlarge, local_mean
 from mvcodec.nn.local_flow import improve
 from mvcodec.nn.matching import describe, fill, match_globally, orientations, propagate
 from mvcodec.nn.steady_flow import SteadyFlow
@@ -238,4 +238,4 @@ def _steadied(steady: SteadyFlow, a: _View, b: _View, flow: Tensor, consistency:
 
 def _double(flow: Tensor) -> Tensor:
     """The same flow on a grid of half the spacing."""
-    return 2 * F.interpolate(flow, scale_factor=2, mode="bilinear", align_corners=False)
+    return enlarge(flow, 2).mul_(2)

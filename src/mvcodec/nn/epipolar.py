@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.nn.filters import enlarge
 from mvcodec.nn.warping import pixel_grid, sample
 
 SPACING = 8  # of the points that F is found from, in pixels
@@ -36,13 +37,11 @@ class Lines(NamedTuple):
 
     points: Tensor  # [2, 3, H / SPACING, W / SPACING]: normal, offset
 
-    def at(self, flow: Tensor, rows: slice, columns: slice) -> Pull:
-        """For a tile of the flow."""
+    def at(self, flow: Tensor, rows: slice, columns: slice, ways: slice) -> Pull:
+        """For a tile of the flow, of both ways or one."""
         # one point more on either side, to interpolate between
         near = [slice(max(part.start // SPACING - 1, 0), -(-part.stop // SPACING) + 1) for part in (rows, columns)]
-        smooth = F.interpolate(
-            self.points[..., near[0], near[1]], scale_factor=SPACING, mode="bilinear", align_corners=False
-        )
+        smooth = enlarge(self.points[ways, :, near[0], near[1]], SPACING)
         top, left = rows.start - SPACING * near[0].start, columns.start - SPACING * near[1].start
         smooth = smooth[..., top : top + flow.shape[-2], left : left + flow.shape[-1]]
         normal = smooth[:, :2]
@@ -97,15 +96,17 @@ def _wide(x: Tensor) -> Tensor:
 
 def _fundamental(a: Tensor, b: Tensor, weight: Tensor, scale: float) -> Tensor:
     """3x3 with b' F a = 0 for most of the points [n, 3], weights [n]; least Sampson distance, outliers fade out."""
-    equations = (b[:, :, None] * a[:, None, :]).flatten(1)
+    # points along rows, contiguous: a product with their weights is then one pass
+    a, b = a.T.contiguous(), b.T.contiguous()
+    equations = (b[:, None] * a).flatten(0, 1)
     current = weight
     for n in range(ROUNDS):
         # 9 x 9: nothing for a GPU: its solver is slow to begin
-        _, vectors = torch.linalg.eigh(((equations * current[:, None]).T @ equations).cpu())
+        _, vectors = torch.linalg.eigh(((equations * current) @ equations.T).cpu())
         matrix = vectors[:, 0].view(3, 3).to(a.device)
-        to_b, to_a = a @ matrix.T, b @ matrix
-        slope = (to_b[:, :2].square().sum(1) + to_a[:, :2].square().sum(1)).clamp_min(1e-12)
-        distance = scale * (b * to_b).sum(1) / slope.sqrt()
+        to_b, to_a = matrix @ a, matrix.T @ b
+        slope = (to_b[:2].square().sum(0) + to_a[:2].square().sum(0)).clamp_min(1e-12)
+        distance = scale * (b * to_b).sum(0) / slope.sqrt()
         limit = WIDE * (NARROW / WIDE) ** (n / (ROUNDS - 1))
         current = weight / (1 + (distance / limit) ** 2) / slope * slope.mean()
     return matrix

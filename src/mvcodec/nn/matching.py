@@ -10,7 +10,8 @@ from torch import Tensor
 from mvcodec.nn.filters import blur, gradient, local_mean, median
 from mvcodec.nn.warping import pixel_grid
 
-CELLS = 1 << 16  # compared at once
+CELLS, GPU_CELLS = 1 << 11, 1 << 16  # compared at once: of a size for the cache; few launches
+ROWS = 4  # of cells, likewise
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
 
 
@@ -33,10 +34,7 @@ def describe(histograms: Tensor, cell: int) -> Tensor:
 def match_globally(a: Tensor, b: Tensor) -> Tensor:
     """Every cell's best match in the other view where it is mutual, the rest filled: [2, 2, h, w]."""
     height, width = a.shape[-2:]
-    cells = height * width
-    similarity = a.flatten(2)[0].T @ b.flatten(2)[0]
-    similarity = _consensus(similarity.view(height, width, height, width)).view(cells, cells)
-    to_b, to_a = similarity.max(dim=1).indices, similarity.max(dim=0).indices
+    to_b, to_a = _best_matches(_consensus(a[0], b[0]))
     flow = torch.stack([_displacement(match, width) for match in (to_b, to_a)])  # [2, 2, cells]
     home = torch.stack([_displacement(back[match], width) for match, back in ((to_b, to_a), (to_a, to_b))])
     mutual = home.abs().amax(dim=1, keepdim=True) <= 1
@@ -50,15 +48,39 @@ def _displacement(target: Tensor, width: int) -> Tensor:
     return torch.stack((target % width - here % width, target // width - here // width))
 
 
-def _consensus(similarity: Tensor) -> Tensor:
-    """Sum over a 3x3 neighbourhood moving in both views at once (Rocco et al. 2018)."""
-    height, width = similarity.shape[:2]
-    total = similarity.clone()
-    for dx, dy in NEIGHBOURS:
-        to_y, to_x = slice(max(dy, 0), height + min(dy, 0)), slice(max(dx, 0), width + min(dx, 0))
-        from_y, from_x = slice(max(-dy, 0), height + min(-dy, 0)), slice(max(-dx, 0), width + min(-dx, 0))
-        total[to_y, to_x, to_y, to_x] += similarity[from_y, from_x, from_y, from_x]
+def _consensus(a: Tensor, b: Tensor) -> Tensor:
+    """Similarity of cells, summed over a 3x3 neighbourhood moving in both views at once (Rocco et al. 2018).
+
+    a, b [C, h, w] -> [h, w, h, w]; a few rows at a time, for the cache.
+    """
+    height, width = a.shape[-2:]
+    total = a.new_empty(height, width, height, width)
+    for top in range(0, height, ROWS):
+        end = min(top + ROWS, height)
+        first, last = max(top - 1, 0), min(end + 1, height)
+        similarity = (a[:, first:last].flatten(1).T @ b.flatten(1)).view(last - first, width, height, width)
+        along = similarity.clone()
+        along[:, 1:, :, 1:] += similarity[:, :-1, :, :-1]
+        along[:, :-1, :, :-1] += similarity[:, 1:, :, 1:]
+        part = total[top:end].copy_(along[top - first : end - first])
+        above, below = along[: end - 1 - first], along[top + 1 - first :]
+        part[len(part) - len(above) :, :, 1:] += above[:, :, :-1]
+        part[: len(below), :, :-1] += below[:, :, 1:]
     return total
+
+
+def _best_matches(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Of cells [h, w, h, w]: to which of b each of a goes, and the way back; both [h w].
+
+    First the row, then the place in it: looking for a maximum's place takes ten times as long as for its value.
+    """
+    height, width = similarity.shape[:2]
+    cells = torch.arange(height * width, device=similarity.device)
+    of_a, of_b = similarity.view(-1, height, width), similarity.view(height, width, -1)
+    row = of_a.amax(2).argmax(1)
+    to_b = row * width + of_a[cells, row].argmax(1)
+    row = of_b.amax(1).argmax(0)
+    return to_b, row * width + of_b[row, :, cells].argmax(1)
 
 
 def _vote(flow: Tensor, weight: Tensor) -> Tensor:
@@ -85,13 +107,16 @@ def fill(flow: Tensor, weight: Tensor) -> Tensor:
 
 def propagate(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
     """Each cell tries the flows of cells 3, 2, 1 away, and steps around its own; the best match stays."""
-    grid = pixel_grid(flow.shape[-2], flow.shape[-1], flow)
+    width = flow.shape[-1]
+    grid = pixel_grid(flow.shape[-2], width, flow)
     here, there = (x.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for x in (main, side))
+    there = F.pad(there, (0, 0, 0, width + 1))  # corners beyond the last row and column weigh nothing
+    at_once = CELLS if flow.device.type == "cpu" else GPU_CELLS
 
     def score(candidate: Tensor) -> Tensor:
         # what `sample` does, with an index and a weight for all 72 channels together
-        corners = zip(here.split(CELLS), *(x.split(CELLS) for x in _corners(grid + candidate)), strict=True)
-        found = [(own * F.embedding_bag(i, there, per_sample_weights=w, mode="sum")).sum(1) for own, i, w in corners]
+        corners = zip(here.split(at_once), *(x.split(at_once) for x in _corners(grid + candidate)), strict=True)
+        found = [F.embedding_bag(i, there, per_sample_weights=w, mode="sum").mul_(own).sum(1) for own, i, w in corners]
         return local_mean(torch.cat(found).view_as(candidate[:, :1]))
 
     best = score(flow)
@@ -108,13 +133,16 @@ def _corners(position: Tensor) -> tuple[Tensor, Tensor]:
     views, _, height, width = position.shape
     x, y = position[:, 0].clamp(0, width - 1), position[:, 1].clamp(0, height - 1)
     left, top = x.floor(), y.floor()
-    right_share, low_share = x - left, y - top
+    right_share, low_share = x.sub_(left).flatten(), y.sub_(top).flatten()
     view = torch.arange(views, device=position.device).view(-1, 1, 1) * (height * width)
-    corner = view + top.long() * width + left.long()
-    right, below = (left < width - 1).long(), (top < height - 1).long() * width
-    index = torch.stack((corner, corner + right, corner + below, corner + below + right), -1)
-    low, high = torch.stack((1 - right_share, right_share), -1), torch.stack((1 - low_share, low_share), -1)
-    return index.view(-1, 4), (high[..., :, None] * low[..., None, :]).reshape(-1, 4)
+    corner = (top.mul_(width).add_(left).long() + view).flatten()
+    both = right_share * low_share
+    right, low = right_share - both, low_share - both
+    # one column after the other: a third of what stacking along the last dimension takes
+    index, weight = corner.new_empty(len(corner), 4), both.new_empty(len(both), 4)
+    for n, (step, share) in enumerate(((0, 1 - low_share - right), (1, right), (width, low), (width + 1, both))):
+        index[:, n], weight[:, n] = corner + step, share
+    return index, weight
 
 
 def _better(flow, best, candidate, score):  # type: ignore[no-untyped-def]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvcodec.nn.filters import blur, differences
-from mvcodec.nn.warping import pixel_grid, sample
+from mvcodec.nn.filters import blur, differences, enlarge
+from mvcodec.nn.warping import sample_along
 from mvcodec.tiling import spans
 
 CELL = 4
@@ -98,8 +98,7 @@ def evidence(
 
     side [B, 1, H, W] and the way back [B, 2, H, W] are whole.
     """
-    there = pixel_grid(flow.shape[-2], flow.shape[-1], flow, *first) + flow
-    warped = sample(side, there)
+    warped = sample_along(side, flow, "bilinear", *first)
     apart = warped - main
     trust = (apart * apart).add_(ROBUST**2).rsqrt_()
     dx, dy = (x.mul_(1 / 4) for x in differences(warped + main))
@@ -118,7 +117,7 @@ def evidence(
     maps += [x.clamp(-3, 3) for x in smoothed]
     along, down = _full(mean).sub_(flow).square_().split(1, dim=1)
     detail = _cells(along + down).sqrt_().clamp_max_(3)
-    astray = _cells(sample(back, there).add_(flow).clamp_(-2, 2))
+    astray = _cells(sample_along(back, flow, "bilinear", *first).add_(flow).clamp_(-2, 2))
     own, others = (x[:, :, None, None].expand_as(weight) for x in quality.split(1, 1))
     maps += [detail, weight - 0.02, astray, own, others - own]
     maps += [F.pixel_unshuffle(F.avg_pool2d(x, 2), 2) / 20 for x in (main, apart)]
@@ -133,7 +132,7 @@ def _cells(x: Tensor) -> Tensor:
 
 
 def _full(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=CELL, mode="bilinear", align_corners=False)
+    return enlarge(x, CELL)
 
 
 def _blurred(x: Tensor, times: tuple[int, ...]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BAND_PIXELS = 1 << 20
+CACHED_PIXELS = 1 << 15  # of several maps that stay in a core's cache
 
 
 def pixel_grid(height: int, width: int, like: Tensor, top: int = 0, left: int = 0) -> Tensor:
@@ -29,10 +30,20 @@ def sample(picture: Tensor, position: Tensor, mode: str = "bilinear") -> Tensor:
     return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
 
 
-def bands(like: Tensor) -> list[slice]:
+def sample_along(picture: Tensor, flow: Tensor, mode: str = "bilinear", top: int = 0, left: int = 0) -> Tensor:
+    """`sample` where a flow [N, 2, h, w] points from a tile whose first pixel stands at (left, top)."""
+    grid = flow.new_empty(len(flow), *flow.shape[-2:], 2)
+    for n, (axis, first) in enumerate(((-1, left), (-2, top))):
+        scale = 2 / max(picture.shape[axis] - 1, 1)
+        here = torch.arange(first, first + flow.shape[axis], device=flow.device, dtype=flow.dtype) * scale - 1
+        torch.add(here if axis == -1 else here[:, None], flow[:, n], alpha=scale, out=grid[..., n])
+    return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
+
+
+def bands(like: Tensor, pixels: int = BAND_PIXELS) -> list[slice]:
     """Rows of a map [.., H, W] that are worked on at a time, so that memory is bounded."""
     height, width = like.shape[-2:]
-    rows = max(1, BAND_PIXELS // width)
+    rows = max(1, pixels // width)
     return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
@@ -41,7 +52,7 @@ def warp(picture: Tensor, flow: Tensor, mode: str = "bicubic") -> Tensor:
 
     Bicubic by default: bilinear sampling at half pixels is a low-pass filter and eats what fusion could gain.
     """
-    return torch.cat([sample(picture, _targets(flow, rows), mode) for rows in bands(flow)], dim=-2)
+    return _joined([sample_along(picture, flow[..., rows, :], mode, rows.start) for rows in bands(flow)])
 
 
 def round_trip_error(flow: Tensor, back: Tensor) -> Tensor:
@@ -49,11 +60,15 @@ def round_trip_error(flow: Tensor, back: Tensor) -> Tensor:
     limit = flow.new_tensor([flow.shape[-1] - 1, flow.shape[-2] - 1]).view(1, 2, 1, 1)
     errors = []
     for rows in bands(flow):
-        there = _targets(flow, rows)
-        dx, dy = sample(back, there).add_(flow[..., rows, :]).square_().split(1, dim=1)
+        part, there = flow[..., rows, :], _targets(flow, rows)
+        dx, dy = sample_along(back, part, top=rows.start).add_(part).square_().split(1, dim=1)
         outside = ((there < 0) | (there > limit)).any(1, keepdim=True)
         errors.append((dx + dy).sqrt_().masked_fill_(outside, float("inf")))  # `norm` is a hundred times slower
-    return torch.cat(errors, dim=-2)
+    return _joined(errors)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _targets(flow: Tensor, rows: slice) -> Tensor:
