@@ -26,8 +26,7 @@ def beside(
     most: at a time, where each needs much memory. The threads share what torch was told about gradients and precision.
     The first error ends it, once what has begun is done.
     """
-    cores = torch.get_num_threads()
-    threads = min(cores, len(items), cores if most is None else most) if device.type == "cpu" else 1
+    cores, threads = torch.get_num_threads(), min(len(items), at_a_time(device, most))
     if threads < 2:
         return [work(item) for item in items]
     waiting = deque(enumerate(items))
@@ -68,3 +67,9 @@ def finish(running: Sequence[Future[None]]) -> None:
     """Wait for what the other cores still have to do."""
     for thread in running:
         thread.result()
+
+
+def at_a_time(device: torch.device, most: int | None = None) -> int:
+    """How many items `beside` computes at a time, if there are so many."""
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    return cores if most is None else max(1, min(most, cores))

@@ -18,13 +18,14 @@ views go through the nets in tiles; then all peers of one view are warped first.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvcodec.cores import at_a_time, beside
 from mvcodec.nn.alignment import Sight, sights
 from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.nn.warping import BAND_PIXELS, CACHED_PIXELS, bands, warp
@@ -118,25 +119,30 @@ class AlignedRefinement(nn.Module):
         time; views of more than that have even sides.
         """
         views, _, height, width = pictures.shape
+        at_once = None if most is None else most // (2 * height * width)
         refined = torch.empty_like(pictures, dtype=torch.float32)
-        features = []
-        for i in range(views):
+
+        def clean(i: int) -> Tensor:
             cleaned, feature = self._clean_in_tiles(pictures[i : i + 1], quality[i : i + 1], most)
             torch.clamp(cleaned[0], 0, 1, out=refined[i])
-            features.append(feature)
+            return feature
+
+        features = beside(clean, range(views), pictures.device, at_once)
         weights = torch.eye(views)
         drawn = torch.zeros(views, views, height, width, dtype=torch.uint8) if maps else None
         if peers and views > 1:
             # The peers of every view are the cleaned views, not the ones that their peers have refined.
             cleaned = refined.clone()
-            for i, sight in enumerate(sights(cleaned, max_peers, self.steady, quality)):
+
+            def fuse(seen: tuple[int, Sight]) -> None:
+                i, sight = seen
                 overlap = sight.consistency.mean((1, 2, 3)) >= MIN_OVERLAP
                 able = [float(quality[j]) >= float(quality[i]) - MAX_COARSER for j in sight.peers]
                 kept = [n for n in range(len(sight.peers)) if overlap[n] and able[n]]
                 chosen = [sight.peers[n] for n in kept]
-                seen = self._see(cleaned, sight, i, kept, quality)
                 given = torch.zeros(len(chosen), dtype=torch.float64)
-                tiles = self._fuse_in_tiles(cleaned[i : i + 1], features[i], quality[i : i + 1], seen, most)
+                others = self._see(cleaned, sight, i, kept, quality)
+                tiles = self._fuse_in_tiles(cleaned[i : i + 1], features[i], quality[i : i + 1], others, most)
                 for rows, columns, fused in tiles:
                     place, inside = (..., rows.kept, columns.kept), (..., rows.inside, columns.inside)
                     refined[i][place] = fused.pictures[0][inside].clamp_(0, 1)
@@ -147,6 +153,10 @@ class AlignedRefinement(nn.Module):
                         drawn[i, [*chosen, i], rows.kept, columns.kept] = (255 * every).round().byte().cpu()
                 weights[i, chosen] = (given / (height * width)).float()
                 weights[i, i] = 1 - weights[i, chosen].sum()
+
+            found = enumerate(sights(cleaned, max_peers, self.steady, quality))
+            while some := list(islice(found, at_a_time(pictures.device, at_once))):
+                beside(fuse, some, pictures.device)
         elif drawn is not None:
             drawn[range(views), range(views)] = 255
         return RefinedViews(refined, weights, drawn)

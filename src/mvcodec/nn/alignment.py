@@ -15,12 +15,14 @@ about a tenth of the width). What it costs: docs/joint.md.
 """
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.cores import beside
 from mvcodec.nn.epipolar import epipolar_lines
 from mvcodec.nn.filters import blur, enlarge, local_mean
 from mvcodec.nn.local_flow import improve
@@ -84,12 +86,12 @@ def sights(
     """
     views, _, height, width = pictures.shape
     with _exact(pictures):
-        prepared = [_prepare(picture[None].float()) for picture in pictures]
-        pairs, overlap = {}, torch.full((views, views), -1.0)
-        for i in range(views):
-            for j in range(i + 1, views):
-                pairs[i, j] = _meet(prepared[i], prepared[j])
-                overlap[i, j], overlap[j, i] = pairs[i, j].overlap.cpu()
+        prepared = beside(lambda picture: _prepare(picture[None].float()), list(pictures), pictures.device)
+        those = list(combinations(range(views), 2))
+        met = beside(lambda pair: _meet(prepared[pair[0]], prepared[pair[1]]), those, pictures.device)
+        pairs, overlap = dict(zip(those, met, strict=True)), torch.full((views, views), -1.0)
+        for (i, j), meeting in pairs.items():
+            overlap[i, j], overlap[j, i] = meeting.overlap.cpu()
     count = min(views - 1, views if max_peers is None else max_peers)
     chosen = [sorted(overlap[i].argsort(descending=True)[:count].tolist()) for i in range(views)]
     waiting: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}

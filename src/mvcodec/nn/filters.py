@@ -70,7 +70,9 @@ def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarge(x: Tensor, times: int) -> Tensor:
-    """Bilinear, an even number of times as large: `interpolate`, on a CPU in a fifth of its time."""
+    """Bilinear, an even number of times as large: `interpolate`, on a processor in a fifth of its time."""
+    if x.is_cuda:
+        return F.interpolate(x, scale_factor=times, mode="bilinear", align_corners=False)
     for dim in (-1, -2):
         before, here, after = _shifts(x, dim)
         shape = list(x.shape)

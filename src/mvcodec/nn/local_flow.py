@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.cores import beside
 from mvcodec.nn.epipolar import Lines, Pull
 from mvcodec.nn.warping import sample_along
 from mvcodec.tiling import Span, spans
@@ -32,7 +33,9 @@ def improve(main: Tensor, side: Tensor, flow: Tensor, lines: Lines | None) -> Te
     together, most = (1, TILE) if flow.device.type == "cpu" else (views, GPU_TILE)
     improved = torch.empty_like(flow)
     tiles = list(product(_tiles(height, most), _tiles(width, most)))
-    for first, (rows, columns) in product(range(0, views, together), tiles):
+
+    def improve_tile(tile: tuple[int, tuple[Span, Span]]) -> None:
+        first, (rows, columns) = tile
         some = slice(first, first + together)
         seen, kept = ((some, slice(None), r, c) for r, c in ((rows.seen, columns.seen), (rows.kept, columns.kept)))
         part = flow[seen]
@@ -40,6 +43,8 @@ def improve(main: Tensor, side: Tensor, flow: Tensor, lines: Lines | None) -> Te
         pull = None if lines is None else lines.at(part, rows.seen, columns.seen, some)
         found = _solve(main[seen], warped, part, pull, _Edges.of(rows, columns))
         improved[kept] = found.transpose(0, 1)[..., HALO:-HALO, HALO:-HALO]
+
+    beside(improve_tile, list(product(range(0, views, together), tiles)), flow.device)
     return improved
 
 

@@ -11,7 +11,7 @@ from mvcodec.nn.filters import blur, gradient, local_mean, median
 from mvcodec.nn.warping import pixel_grid
 
 CELLS, GPU_CELLS = 1 << 11, 1 << 16  # compared at once: of a size for the cache; few launches
-ROWS = 4  # of cells, likewise
+ROWS = 4  # of cells, for the cache
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
 
 
@@ -55,8 +55,9 @@ def _consensus(a: Tensor, b: Tensor) -> Tensor:
     """
     height, width = a.shape[-2:]
     total = a.new_empty(height, width, height, width)
-    for top in range(0, height, ROWS):
-        end = min(top + ROWS, height)
+    rows = ROWS if a.device.type == "cpu" else height
+    for top in range(0, height, rows):
+        end = min(top + rows, height)
         first, last = max(top - 1, 0), min(end + 1, height)
         similarity = (a[:, first:last].flatten(1).T @ b.flatten(1)).view(last - first, width, height, width)
         along = similarity.clone()

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvcodec.cores import beside
 from mvcodec.nn.filters import blur, differences, enlarge
 from mvcodec.nn.warping import sample_along
-from mvcodec.tiling import spans
+from mvcodec.tiling import Span, spans
 
 CELL = 4
 WINDOWS = (1, 4, 16)  # blurs of the normal equations of 4x4 cells
@@ -71,16 +72,18 @@ class SteadyFlow(nn.Module):
         """
         height, width = flow.shape[-2:]
         steadied = torch.empty_like(flow)
-        for n in range(len(flow)):
+
+        def steady_tile(tile: tuple[int, Span, Span]) -> None:
+            n, rows, columns = tile
             one, other = slice(n, n + 1), slice(1 - n, 2 - n)
-            for rows, columns in product(spans(height, TILE, HALO), spans(width, TILE, HALO)):
-                seen = (..., rows.seen, columns.seen)
-                part, first = flow[one][seen], (rows.seen.start, columns.seen.start)
-                found = evidence(
-                    main[one][seen], side[one], part, flow[other], consistency[one][seen], quality[one], first
-                )
-                kept = (..., rows.kept, columns.kept)
-                steadied[one][kept] = self(part, found)[..., rows.inside, columns.inside]
+            seen = (..., rows.seen, columns.seen)
+            part, first = flow[one][seen], (rows.seen.start, columns.seen.start)
+            found = evidence(main[one][seen], side[one], part, flow[other], consistency[one][seen], quality[one], first)
+            kept = (..., rows.kept, columns.kept)
+            steadied[one][kept] = self(part, found)[..., rows.inside, columns.inside]
+
+        tiles = product(range(len(flow)), spans(height, TILE, HALO), spans(width, TILE, HALO))
+        beside(steady_tile, list(tiles), flow.device)
         return steadied
 
 
