@@ -9,7 +9,16 @@ from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.parahydra import ParaHydra, config_for
-from mvcodec.tiling import PROGRAM, STEADYING, footprint, pixels_at_once, pixels_in_walks, tiled
+from mvcodec.tiling import (
+    PROGRAM,
+    STEADYING,
+    footprint,
+    fused_at_once,
+    pixels_at_once,
+    pixels_in_walks,
+    steadied_at_once,
+    tiled,
+)
 
 STAGES = ("g_a", "coarse", "fine", "clean")
 
@@ -82,5 +91,10 @@ def test_budgets_that_are_promised():
     with pytest.raises(UsageError):
         pixels_at_once("klt", max_memory=PROGRAM + 80_000_000 + STEADYING, **pair)
     assert pixels_at_once("klt", max_memory=PROGRAM + 90_000_000 + STEADYING, **pair) > 400 * 400
+    # on several cores no more at a time than what remains pays for
+    most = pixels_at_once("klt", full_hd, 16, 12 << 30, peers=15)
+    assert fused_at_once(most, full_hd, 15) * full_hd * (250 + 15 * 80) <= 250 * most + 15 * 80 * full_hd
+    assert fused_at_once(full_hd - 2, full_hd, 1) == 1
+    assert steadied_at_once(9_000_000) > 2
     assert pixels_in_walks(None) >= 6 * 1024 * 832
     assert pixels_in_walks(1 << 30) < full_hd

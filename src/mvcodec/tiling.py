@@ -71,6 +71,16 @@ def pixels_at_once(
     return (max_memory - held) // working
 
 
+def fused_at_once(most: int, pixels: int, peers: int) -> int:
+    """How many views of so many pixels the peers' part may work on at a time, where `most` pixels at a time fit."""
+    return 1 + max(0, (most - pixels) * FUSING // (pixels * (FUSING + peers * PEER)))
+
+
+def steadied_at_once(most: int) -> int:
+    """How many tiles of nn/steady_flow.py fit where `most` pixels of the peers' part do."""
+    return most * FUSING // STEADYING
+
+
 def pixels_in_walks(max_memory: int | None) -> int:
     """How many pixels of views may go through the entropy path at a time, all walks together; one view always may."""
     return USUAL if max_memory is None else min(USUAL, max(0, max_memory - PROGRAM) // (2 * WALK))

@@ -29,7 +29,7 @@ from mvcodec.cores import at_a_time, beside
 from mvcodec.nn.alignment import Sight, sights
 from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.nn.warping import BAND_PIXELS, CACHED_PIXELS, bands, warp
-from mvcodec.tiling import Span, spans, tiled
+from mvcodec.tiling import Span, fused_at_once, spans, steadied_at_once, tiled
 
 SCALE = 16.0  # coding errors are about 1/50 of the range: brings them near 1 inside the net
 MAX_COARSER = 0.5  # a peer of lower quality by more shows nothing new: one view at 80 beside others at 15 lost 0.1 dB
@@ -119,7 +119,7 @@ class AlignedRefinement(nn.Module):
         time; views of more than that have even sides.
         """
         views, _, height, width = pictures.shape
-        at_once = None if most is None else most // (2 * height * width)
+        most = height * width if most is None else most
         refined = torch.empty_like(pictures, dtype=torch.float32)
 
         def clean(i: int) -> Tensor:
@@ -127,7 +127,7 @@ class AlignedRefinement(nn.Module):
             torch.clamp(cleaned[0], 0, 1, out=refined[i])
             return feature
 
-        features = beside(clean, range(views), pictures.device, at_once)
+        features = beside(clean, range(views), pictures.device, most // (height * width))
         weights = torch.eye(views)
         drawn = torch.zeros(views, views, height, width, dtype=torch.uint8) if maps else None
         if peers and views > 1:
@@ -154,7 +154,8 @@ class AlignedRefinement(nn.Module):
                 weights[i, chosen] = (given / (height * width)).float()
                 weights[i, i] = 1 - weights[i, chosen].sum()
 
-            found = enumerate(sights(cleaned, max_peers, self.steady, quality))
+            found = enumerate(sights(cleaned, max_peers, self.steady, quality, steadied_at_once(most)))
+            at_once = fused_at_once(most, height * width, min(max_peers or views, views - 1))
             while some := list(islice(found, at_a_time(pictures.device, at_once))):
                 beside(fuse, some, pictures.device)
         elif drawn is not None:

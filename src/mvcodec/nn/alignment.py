@@ -77,11 +77,12 @@ def sights(
     max_peers: int | None = None,
     steady: SteadyFlow | None = None,
     quality: Tensor | None = None,
+    tiles: int | None = None,
 ) -> Iterator[Sight]:
     """Align the views [K, 3, H, W] in [0, 1], of any size: one after the other, each with its peers.
 
     max_peers: only the most consistent ones of each view, judged at 1/8; others are not aligned at all.
-    steady: the network of the last step, which also needs the views' qualities [K].
+    steady: the network of the last step, which also needs the views' qualities [K]; it takes so many tiles at a time.
     A pair is aligned once, both ways. What waits for its turn are the ways back: at most K^2 / 4 of them.
     """
     views, _, height, width = pictures.shape
@@ -106,7 +107,7 @@ def sights(
                     inner = flow[..., :height, :width]
                     consistency = _consistency(inner, inner.flip(0))
                 if steady is not None and quality is not None:  # what it adds is small: bfloat16 will do
-                    flow = _steadied(steady, a, b, flow, consistency, quality[list(pair)])
+                    flow = _steadied(steady, a, b, flow, consistency, quality[list(pair)], tiles)
                 flow = flow[..., :height, :width]
                 for n, key in enumerate((pair, pair[::-1])):
                     if key == (i, j) or key[1] in chosen[key[0]]:
@@ -229,13 +230,15 @@ def _align_pair(a: _View, b: _View, meeting: _Meeting) -> Tensor:
     return flow if turn is None else turn_back(flow, turn)
 
 
-def _steadied(steady: SteadyFlow, a: _View, b: _View, flow: Tensor, consistency: Tensor, quality: Tensor) -> Tensor:
+def _steadied(
+    steady: SteadyFlow, a: _View, b: _View, flow: Tensor, consistency: Tensor, quality: Tensor, tiles: int | None
+) -> Tensor:
     """Flow of full padded size; consistency, which nothing is known of in the padding, of the pictures'."""
     grey = torch.cat((a.grey[0], b.grey[0]))
     below, right = (whole - part for whole, part in zip(flow.shape[-2:], consistency.shape[-2:], strict=True))
     consistency = F.pad(consistency, (0, right, 0, below))
     quality = torch.stack((quality, quality.flip(0))).to(flow)
-    return steady.steady(grey, grey.flip(0), flow, consistency, quality)
+    return steady.steady(grey, grey.flip(0), flow, consistency, quality, tiles)
 
 
 def _double(flow: Tensor) -> Tensor:

@@ -64,8 +64,16 @@ class SteadyFlow(nn.Module):
         coarse, mean, correction = _full(torch.cat((coarse, evidence.mean, correction), 1)).split((1, 2, 2), dim=1)
         return torch.lerp(flow, mean, coarse) + correction
 
-    def steady(self, main: Tensor, side: Tensor, flow: Tensor, consistency: Tensor, quality: Tensor) -> Tensor:
-        """Both ways of a pair, in tiles.
+    def steady(
+        self,
+        main: Tensor,
+        side: Tensor,
+        flow: Tensor,
+        consistency: Tensor,
+        quality: Tensor,
+        at_once: int | None = None,
+    ) -> Tensor:
+        """Both ways of a pair, in tiles, on a processor no more than so many at a time.
 
         main, side: flattened grey values [2, 1, H, W]; flow [2, 2, H, W], of which each is the other's way back;
         consistency [2, 1, H, W]; quality [2, 2] in [0, 1], of main and side. H and W are multiples of 4.
@@ -83,7 +91,7 @@ class SteadyFlow(nn.Module):
             steadied[one][kept] = self(part, found)[..., rows.inside, columns.inside]
 
         tiles = product(range(len(flow)), spans(height, TILE, HALO), spans(width, TILE, HALO))
-        beside(steady_tile, list(tiles), flow.device)
+        beside(steady_tile, list(tiles), flow.device, at_once)
         return steadied
 
 
