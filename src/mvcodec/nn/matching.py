@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.cores import beside
 from mvcodec.nn.filters import blur, gradient, local_mean, median
 from mvcodec.nn.warping import pixel_grid
 
@@ -107,7 +108,17 @@ def fill(flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def propagate(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
-    """Each cell tries the flows of cells 3, 2, 1 away, and steps around its own; the best match stays."""
+    """Each cell tries the flows of cells 3, 2, 1 away, and steps around its own; the best match stays.
+
+    Descriptors main, side [B, 72, h, w] and flow [B, 2, h, w], none of which meets the others.
+    """
+    if flow.is_cuda:  # few launches
+        return _propagated(main, side, flow)
+    ways = list(zip(*(x.split(1) for x in (main, side, flow)), strict=True))
+    return torch.cat(beside(lambda way: _propagated(*way), ways, flow.device))
+
+
+def _propagated(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
     width = flow.shape[-1]
     grid = pixel_grid(flow.shape[-2], width, flow)
     here, there = (x.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for x in (main, side))
