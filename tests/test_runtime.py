@@ -14,7 +14,7 @@ from mvcodec.runtime import prepare
 import torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
+    for _ in range(20):
         torch.zeros(10 << 20)  # 40 MB: glibc by itself keeps 32 at most
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
@@ -32,11 +32,11 @@ def run(script: str, **environment: str) -> str:
 
 @pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.35"), reason="glibc's malloc, whose older versions keep less")
 def test_freed_memory_is_not_fetched_anew():
-    """Of five maps of 10,240 pages each, given back and asked for again, hardly a page is."""
+    """Of twenty maps of 10,240 pages each, given back and asked for again, one or two are perhaps put elsewhere."""
     without, kept = (int(run(FAULTS.format(prepare=line))) for line in ("", "prepare()"))
-    assert without > 40_000
-    assert kept < 2_000
-    assert int(run(FAULTS.format(prepare="prepare()"), MALLOC_TRIM_THRESHOLD_="131072")) > 40_000
+    assert without > 200_000
+    assert kept < without / 4
+    assert int(run(FAULTS.format(prepare="prepare()"), MALLOC_TRIM_THRESHOLD_="131072")) > 200_000
 
 
 def test_the_environment_has_the_last_word():
