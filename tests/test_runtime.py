@@ -43,3 +43,9 @@ def test_the_environment_has_the_last_word():
     script = "import os; from mvcodec.runtime import prepare; prepare(); print(os.environ['OMP_WAIT_POLICY'])"
     assert run(script) == "passive"
     assert run(script, OMP_WAIT_POLICY="active") == "active"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_a_budget_has_freed_memory_given_back():
+    script = FAULTS.format(prepare="prepare()").replace("faults()\nprint", "give_back()\nprint")
+    assert int(run(script.replace("import prepare", "import give_back, prepare"))) > 200_000

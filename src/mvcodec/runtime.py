@@ -20,6 +20,7 @@ THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 # To give the process a map of a megapixel, page by page, takes as long as to compute it. glibc's malloc shall keep
 # what is freed in pieces of up to KEPT bytes, the first of them that its version takes, until STAYS have come together.
 KEPT, STAYS = (64 << 20, 32 << 20), 512 << 20
+GIVEN_BACK = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -27,10 +28,20 @@ def prepare() -> None:
     """Settings of threads and memory for this process. Nothing happens where the C library is not glibc."""
     for name, value in THREADS.items():
         os.environ.setdefault(name, value)
+    _keep(KEPT, STAYS)
+
+
+def give_back() -> None:
+    """From here on freed memory goes back to the system: for a process that is to stay within a budget."""
+    _keep((GIVEN_BACK,), 2 * GIVEN_BACK)
+
+
+def _keep(pieces: tuple[int, ...], together: int) -> None:
+    """Pieces of so many bytes, the first of these sizes that glibc takes, until so many have come together."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     with suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         _ = libc.gnu_get_libc_version  # others have a mallopt that means nothing
-        if any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in KEPT):
-            libc.mallopt(M_TRIM_THRESHOLD, STAYS)
+        if any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in pieces):
+            libc.mallopt(M_TRIM_THRESHOLD, together)

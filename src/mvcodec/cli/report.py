@@ -13,6 +13,7 @@ import click
 
 from mvcodec.cli import complain, to_stderr
 from mvcodec.errors import BatchError, MvcodecError, UsageError
+from mvcodec.runtime import give_back
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -156,6 +157,13 @@ def within_memory(command: F) -> F:
     return click.option(
         "--max-memory",
         metavar="BYTES",
-        callback=size_in_bytes,
+        callback=_budget,
         help="Stay within so many bytes (512M, 4G), in tiles where pictures are large; refuse what cannot.",
     )(command)
+
+
+def _budget(ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    size = size_in_bytes(ctx, option, value)
+    if size is not None:
+        give_back()
+    return size
