@@ -285,16 +285,14 @@ def reconstruct(
                 refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps, most=most)
             pictures, shares = refined.pictures, refined[1:]
 
-        def finished(place: int, group: list[int] = group, pictures: Tensor = pictures, most: int = most) -> Tensor:
-            k = group[place]
-            picture = pictures[place, None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
-            if known is not None and not known[k]:
-                return picture
-            one = slice(k, k + 1)
-            return _constrained(model, picture, latents[k].float(), basis[one], qualities[one], most)
-
-        for k, picture in zip(group, beside(finished, range(len(group)), model.device, most // pixels), strict=True):
+        def finish(k: int, picture: Tensor, most: int = most) -> None:
+            picture = picture[None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
+            if known is None or known[k]:
+                one = slice(k, k + 1)
+                picture = _constrained(model, picture, latents[k].float(), basis[one], qualities[one], most)
             decoded[k] = picture[0]
+
+        beside(lambda view: finish(*view), list(zip(group, pictures, strict=True)), model.device, most // pixels)
     return Reconstruction(decoded, *shares)
 
 

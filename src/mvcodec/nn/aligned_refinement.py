@@ -116,7 +116,7 @@ class AlignedRefinement(nn.Module):
         """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1], for use; training calls the parts.
 
         max_peers: each view is helped by its most consistent peers only. most: so many pixels go through the nets at a
-        time; views of more than that have even sides.
+        time (default: one view); views of more than that have even sides.
         """
         views, _, height, width = pictures.shape
         most = height * width if most is None else most
@@ -162,21 +162,21 @@ class AlignedRefinement(nn.Module):
             drawn[range(views), range(views)] = 255
         return RefinedViews(refined, weights, drawn)
 
-    def _clean_in_tiles(self, picture: Tensor, quality: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+    def _clean_in_tiles(self, picture: Tensor, quality: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """`clean` of one view, at most so many pixels at a time."""
-        if most is None or picture[0, 0].numel() <= most:
+        if picture[0, 0].numel() <= most:
             return self.clean(picture, quality)
         features = tiled(self, lambda x, _: self._features(x, quality), picture, most)
         residual = tiled(self, lambda x, _: self.clean_out(x), features, max(most // 4, 1))
         return _restore(residual, picture).add_(picture), features
 
     def _fuse_in_tiles(
-        self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer], most: int | None
+        self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer], most: int
     ) -> Iterator[tuple[Span, Span, Fused]]:
         """`fuse` of one view, at most so many pixels at a time: what is `inside` the spans is as in one piece."""
         height, width = main.shape[-2:]
-        whole = most is None or height * width <= most
-        side = max(height, width) if whole else max(math.isqrt(most or 0) - 2 * REACH, REACH) // 2 * 2
+        whole = height * width <= most
+        side = max(height, width) if whole else max(math.isqrt(most) - 2 * REACH, REACH) // 2 * 2
         grid = list(product(spans(height, side, REACH), spans(width, side, REACH)))
         peers = list(peers) if len(grid) > 1 else peers
         for rows, columns in grid:
