@@ -157,27 +157,28 @@ def test_colours_of_a_peer_are_matched() -> None:
     assert match_colours(side, main, torch.zeros(1, 1, *SIZE)).isfinite().all()
 
 
-def learning_batch() -> dict[str, Tensor]:
+def learning_batch(side: int) -> dict[str, Tensor]:
     """Noisy main views and a cleaner peer."""
-    position = grid((32, 32)) + 1000 * torch.rand(4, 1, 1, 1)
+    position = grid((side, side)) + 1000 * torch.rand(4, 1, 1, 1)
     target = torch.cat([texture(p[None]) for p in position])
     return {
         "target": target,
         "main": target + 0.05 * torch.randn_like(target),
         "peers": (target + 0.01 * torch.randn_like(target))[:, None],
-        "consistency": torch.ones(4, 1, 1, 32, 32),
+        "consistency": torch.ones(4, 1, 1, side, side),
         "quality": torch.full((4,), 0.1),
         "peer_quality": torch.full((4, 1), 0.9),
     }
 
 
-def test_learns_to_use_a_cleaner_peer() -> None:
+@pytest.mark.parametrize(("distortion", "side"), [("mse", 32), ("ms-ssim", 176)])
+def test_learns_to_use_a_cleaner_peer(distortion: str, side: int) -> None:
     torch.manual_seed(0)
     model = AlignedRefinement(width=8)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     measured = []
     for _ in range(40):
-        now = loss(model, learning_batch())
+        now = loss(model, learning_batch(side), distortion)
         optimiser.zero_grad()
         now.total.backward()
         optimiser.step()
@@ -215,12 +216,13 @@ def test_batches_mix_scenes_of_few_and_many_views() -> None:
         })  # fmt: skip
     seen = set()
     for step in range(12):
-        batch = batch_of(shards, 4, seed=0, step=step)
+        batch = batch_of(shards, 4, 128, seed=0, step=step)
         most = batch["peers"].shape[1]
         seen.add(most)
         few = batch["quality"] < 0.2
         assert not batch["consistency"][few, 1:].any()
+        assert batch["peers"].shape[2:] == (3, 128, 128)
         torch.testing.assert_close(batch["target"][few].mean(), torch.tensor(50 / 255))
-        again = batch_of(shards, 4, seed=0, step=step)
+        again = batch_of(shards, 4, 128, seed=0, step=step)
         assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert seen == {1, 2, 3}

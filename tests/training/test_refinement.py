@@ -15,7 +15,7 @@ from mvcodec.weights import load_model
 
 @pytest.fixture
 def config(scenes_folder, tmp_path, monkeypatch):
-    for name, value in {"WINDOW": 128, "PAIR_WINDOW": 128, "CROP": 96, "TRAINED_CROP": 64, "SETS": 2}.items():
+    for name, value in {"WINDOW": 128, "PAIR_WINDOW": 128, "CROP": 96, "TRAINED_CROP": {"mse": 64}, "SETS": 2}.items():
         monkeypatch.setattr(refinement, name, value)
     for name, value in {"TRIES": 2, "STEPS": 2, "OVERLAP": 0.0}.items():
         monkeypatch.setattr(steadying, name, value)
@@ -50,6 +50,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
     resumed = torch.load(train(parted, progress=False), weights_only=True)
     assert resumed["step"] == 4
     assert all(torch.equal(resumed["refinement"][name], value) for name, value in whole.items())
+
+
+def test_an_unknown_distortion_is_refused(config):
+    with pytest.raises(UsageError, match="none of mse, ms-ssim"):
+        train(replace(config, distortion="vmaf"), progress=False)
 
 
 def test_a_stage_without_a_codec_to_start_from_is_refused(config):

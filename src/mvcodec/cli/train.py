@@ -100,7 +100,7 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     type=click.Choice(["mse", "ms-ssim"]),
     default="mse",
     show_default=True,
-    help="What the loss weighs against bits; stage refine knows mse alone.",
+    help="What the loss weighs against bits, in stage refine peers against none.",
 )
 @click.option(
     "--optimizer",

@@ -33,11 +33,18 @@ def sample_quality(step: int, seed: int, batch: int, views: int) -> Tensor:
 def loss_of(pictures: Tensor, decoded: Tensor, bits: Tensor, t: Tensor, distortion: str = "mse") -> Objective:
     """Eq. (6) per view, weighted by lambda^-1/4 so that no rate drowns the others. Pictures [B, K, 3, H, W]."""
     bpp = bits / (pictures.shape[-1] * pictures.shape[-2])
-    mse = (decoded - pictures).square().mean(dim=(2, 3, 4))
+    mse = distortion_of(pictures, decoded, "mse")
     lam = rate_distortion_lambda(t)
     weight = (lam / rate_distortion_lambda(torch.full_like(t, 0.5))) ** -0.25
-    cost = 255**2 * mse if distortion == "mse" else MS_SSIM_FACTOR * dissimilarity(pictures, decoded)
+    cost = 255**2 * mse if distortion == "mse" else MS_SSIM_FACTOR * distortion_of(pictures, decoded, distortion)
     return Objective((weight * (bpp + lam * cost)).mean(), bpp.mean(), mse.mean())
+
+
+def distortion_of(pictures: Tensor, decoded: Tensor, distortion: str) -> Tensor:
+    """Mean squared error of samples in [0, 1], or 1 - MS-SSIM, of each view: [B, K, 3, H, W] -> [B, K]."""
+    if distortion == "ms-ssim":
+        return dissimilarity(pictures, decoded)
+    return (decoded - pictures).square().mean(dim=(2, 3, 4))
 
 
 def dissimilarity(pictures: Tensor, decoded: Tensor) -> Tensor:

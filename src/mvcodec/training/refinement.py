@@ -2,7 +2,7 @@
 
     two views -> the network that steadies their flow learns                                    steadying.py
     set of views -> decode and clean each alone -> align -> warp -> crops                       kept on disk
-    crops -> AlignedRefinement.fuse -> MSE relative to that of the cleaned view, which peers must not spoil
+    crops -> AlignedRefinement.fuse -> distortion relative to that of the cleaned view, which peers must not spoil
 
 The alignment has learned by then, so it is done once; training then sees plain crops. The peerless part
 (`look`, `clean_out`) belongs to stage `single` and stays as it is.
@@ -35,11 +35,12 @@ from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows
 from mvcodec.training.data import Picture, Scene, load_scenes
+from mvcodec.training.losses import DISTORTIONS, distortion_of
 
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
 PAIR_WINDOW = 320  # the same, of the views whose flow the steadying network learns from
 CROP = 192  # of the examples kept
-TRAINED_CROP = 128  # of the examples as trained
+TRAINED_CROP = {"mse": 128, "ms-ssim": CROP}  # of the examples as trained: five scales need all there is
 SIDES = 5  # peers of an example at most
 SETS = 120  # windows of a scene, decoded and aligned: about 3 s of one core each
 SPOTS = 4  # examples per view
@@ -180,11 +181,11 @@ def read_examples(files: list[Path]) -> list[Example]:
     return [load_file(file) for file in files]
 
 
-def batch_of(data: list[Example], size: int, seed: int, step: int) -> Example:
+def batch_of(data: list[Example], size: int, crop: int, seed: int, step: int) -> Example:
     """Random examples in [0, 1], cut and flipped, peers left out at random; depends on (seed, step) alone."""
     rng = np.random.default_rng((seed, step))
     places = np.array([[n, k] for n, shard in enumerate(data) for k in range(len(shard["quality"]))])
-    top, left = (2 * int(rng.integers((CROP - TRAINED_CROP) // 2 + 1)) for _ in range(2))
+    top, left = (2 * int(rng.integers((CROP - crop) // 2 + 1)) for _ in range(2))
     flips = [dim for dim in (-1, -2) if rng.random() < 0.5]
     most = int(rng.choice([1, 1, 2, 2, 3, SIDES]))  # few peers are the commonest case, and the cheapest
     picked = rng.permutation(places)[:size]
@@ -197,7 +198,7 @@ def batch_of(data: list[Example], size: int, seed: int, step: int) -> Example:
         for name, values in data[n].items():
             x = values[k]
             if "quality" not in name:
-                x = (x[..., top : top + TRAINED_CROP, left : left + TRAINED_CROP].float() / 255).flip(flips)
+                x = (x[..., top : top + crop, left : left + crop].float() / 255).flip(flips)
             if name in ("peers", "consistency", "peer_quality"):
                 x = x[peers]
                 x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
@@ -228,11 +229,11 @@ class Losses(NamedTuple):
     """`total` is what training minimises; `joint` says how far it is, averaged over the batch."""
 
     total: Tensor
-    joint: Tensor  # MSE of the view fused with its peers, of the cleaned one's
+    joint: Tensor  # distortion of the view fused with its peers, of the cleaned one's
 
 
-def loss(model: AlignedRefinement, batch: Example) -> Losses:
-    """Joint MSE relative to that of the cleaned view; harm counts more."""
+def loss(model: AlignedRefinement, batch: Example, distortion: str = "mse") -> Losses:
+    """Joint distortion relative to that of the cleaned view; harm counts more."""
     main, target = batch["main"], batch["target"]
     with torch.autocast(main.device.type, torch.bfloat16):
         with torch.no_grad():
@@ -240,13 +241,10 @@ def loss(model: AlignedRefinement, batch: Example) -> Losses:
             cleaned = cleaned.clamp(0, 1)
         places = zip(*(batch[name].unbind(1) for name in ("peers", "consistency", "peer_quality")), strict=True)
         joint = model.fuse(cleaned, features, batch["quality"], (Peer(*place) for place in places)).pictures
-    ratio = _mse(joint, target) / (_mse(cleaned, target) + 1e-6)
+    joint_error, own_error = (distortion_of(target[:, None], x[:, None], distortion)[:, 0] for x in (joint, cleaned))
+    ratio = joint_error / (own_error + 1e-6)
     harm = (ratio - 1).clamp_min(0)  # peers must not do worse than none
     return Losses((ratio + HARM_WEIGHT * harm).mean(), ratio.detach().mean())
-
-
-def _mse(x: Tensor, target: Tensor) -> Tensor:
-    return (x - target).square().mean((1, 2, 3))
 
 
 def refine(config: TrainConfig, progress: bool = True) -> Path:
@@ -254,6 +252,8 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     run = Path(config.run_dir)
     checkpoint = run / "checkpoint.pt"
     source = checkpoint if checkpoint.exists() else Path(config.start_from)
+    if config.distortion not in DISTORTIONS:
+        raise UsageError(f"distortion {config.distortion!r} is none of {', '.join(DISTORTIONS)}")
     if not source.is_file():
         raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
     torch.manual_seed(config.seed)
@@ -311,8 +311,8 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            batch = {k: x.to(device) for k, x in batch_of(data, config.batch, config.seed, step).items()}
-            now = loss(refinement, batch)
+            batch = batch_of(data, config.batch, TRAINED_CROP[config.distortion], config.seed, step)
+            now = loss(refinement, {name: x.to(device) for name, x in batch.items()}, config.distortion)
             optimizer.zero_grad(set_to_none=True)
             now.total.backward()
             nn.utils.clip_grad_norm_(trained, 0.5)
