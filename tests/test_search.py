@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +88,10 @@ def test_padding_does_not_count(tiny_model):
 
 def _noise(height: int, width: int) -> torch.Tensor:
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_model_for_another_measure_is_not_searched(tiny_model, picture):
+    other = replace(tiny_model, about={"distortion": "ms-ssim"})
+    assert encode_image(other, Image(picture), 50) == encode_image(tiny_model, Image(picture), 50)
+    with pytest.raises(UsageError, match="would lower squared error, but tiny was trained for ms-ssim"):
+        encode_image(other, Image(picture), 50, effort=1)

@@ -91,23 +91,26 @@ def decode_set(
     refine=False aligns no view with others at pixel level; max_peers aligns each with its so many most consistent ones.
     maps=True says in every view's `maps` where each of its peers contributed.
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
-    model: None finds the weights that the files name.
+    model: None finds the weights that the files name; views of one model help each other.
     on_failure: see `mvcodec.codec.decode_set`.
     """
     streams = [_stream(file, partial) for file in files]
     if not streams:
         raise UsageError("there are no files to decode")
-    loaded = model_for(streams[0].header, model, device)
-    return codec.decode_set(
-        loaded,
-        streams,
-        joint=joint,
-        refine=refine,
-        on_failure=on_failure,
-        max_memory=max_memory,
-        max_peers=max_peers,
-        maps=maps,
-    )
+    views: list[DecodedView] = []
+    for model_id in sorted({stream.header.model_id for stream in streams}):
+        of_one_model = [stream for stream in streams if stream.header.model_id == model_id]
+        views += codec.decode_set(
+            model_for(of_one_model[0].header, model, device),
+            of_one_model,
+            joint=joint,
+            refine=refine,
+            on_failure=on_failure,
+            max_memory=max_memory,
+            max_peers=max_peers,
+            maps=maps,
+        )
+    return sorted(views, key=lambda view: view.header.camera_id)
 
 
 def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:

@@ -107,6 +107,8 @@ def encode_view(
         raise UsageError(f"quality {quality} is not between 0 and 100")
     if not 0 <= effort <= MOST_EFFORT:
         raise UsageError(f"effort {effort} is not between 0 and {MOST_EFFORT}")
+    if effort and (sought := model.about.get("distortion", "mse")) != "mse":
+        raise UsageError(f"effort {effort} would lower squared error, but {model.name} was trained for {sought}; use 0")
     quality = round(quality * 100) / 100  # as the header stores it
     model = model.within(max_memory)
     net = model.net

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ import mvcodec
 from mvcodec import container
 from mvcodec.cli.decode import _helpers
 from mvcodec.cli.maps import colours
-from mvcodec.errors import UsageError
+from mvcodec.errors import ModelError, UsageError
+from tests.conftest import write_tiny_model
 
 from .conftest import Cli
 
@@ -202,6 +204,19 @@ def test_python_round_trip_keeps_size_colour_and_depth(cli: Cli, dtype: type, sh
     assert [view.header.camera_id for view in views] == ["a", "b"]
     for view in views:
         assert (view.pixels.shape, view.pixels.dtype) == (shape, np.dtype(dtype))
+
+
+def test_python_decodes_files_of_several_models(cli: Cli, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(models, "both")
+    write_tiny_model(Path("both/other.safetensors"), anchor_lattice=True)
+    monkeypatch.setenv("MVCODEC_MODELS", "both")
+    array = np.full((9, 5, 3), 77, np.uint8)
+    written_with = {"c": "tiny", "b": "other", "a": "tiny"}
+    files = [mvcodec.encode(array, camera_id=k, model=f"both/{name}.safetensors") for k, name in written_with.items()]
+    views = mvcodec.decode_set(files)
+    assert [(view.header.camera_id, view.peers) for view in views] == [("a", ("c",)), ("b", ()), ("c", ("a",))]
+    with pytest.raises(ModelError, match="pass the model it was written with"):
+        mvcodec.decode_set(files, model="both/tiny.safetensors")
 
 
 def test_python_errors_are_ours(cli: Cli) -> None:

@@ -19,7 +19,7 @@ from mvcodec.training.rounding import settle
 from mvcodec.training.table_fit import fit_tables
 from mvcodec.weights import export_model, load_model
 
-ABOUT = ("stage", "batch", "crop", "seed")  # what of the run's settings the model file tells
+ABOUT = ("stage", "distortion", "batch", "crop", "seed")  # what of the run's settings the model file tells
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
