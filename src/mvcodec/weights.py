@@ -167,11 +167,11 @@ def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables |
 
 
 def available_models() -> list[Path]:
-    """The model files that came with the package, and those in $MVCODEC_MODELS."""
+    """The model files that came with the package, and those in $MVCODEC_MODELS, by name."""
     folders = [shipped("models")]
     if extra := os.environ.get("MVCODEC_MODELS"):
         folders.append(Path(extra))
-    return sorted(path for folder in folders for path in folder.glob("*.safetensors"))
+    return sorted((path for folder in folders for path in folder.glob("*.safetensors")), key=lambda path: path.stem)
 
 
 def find_model(name: str) -> Path:
