@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.cores import beside
 from mvcodec.errors import ModelError, MvcodecError, UsageError
-from mvcodec.exact.conv import strict
 from mvcodec.graphs import PLAIN, Graphs
 from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, Walk, decode_intact, encode_latents, of_one_size, same_size
@@ -237,8 +236,7 @@ def _decoded(
     def decode(walk: Walk) -> dict[int, tuple[Tensor, Stream] | MvcodecError]:
         return dict(zip(walk.places, decode_intact(model, [streams[k] for k in walk.places]), strict=True))
 
-    with strict():  # here, and not in threads that would undo it for one another
-        found = beside(decode, walks, model.device, room // max(walk.pixels for walk in walks))
+    found = beside(decode, walks, model.device, room // max(walk.pixels for walk in walks))
     return {k: result for walk in found for k, result in walk.items()}
 
 

@@ -24,7 +24,7 @@ from mvcodec import entropy
 from mvcodec.container import Damage, Header, Slice, Stream, integer_check, section_names, sections_of
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
-from mvcodec.exact.conv import strict
+from mvcodec.exact.precision import strict
 from mvcodec.graphs import PLAIN
 from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain
@@ -69,7 +69,7 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     pixels = len(z_hat) * z_hat[0, 0].numel() * HYPER_STRIDE**2
     call = model.graphs if pixels <= USUAL else PLAIN  # what is large keeps a GPU busy, and would hold much memory
     qualities = [t] * len(z_hat) if isinstance(t, int | float) else t
-    with torch.autocast(z_hat.device.type, enabled=False), strict():
+    with torch.autocast(z_hat.device.type, enabled=False), strict:
         # In one order, whoever made it: one graph. Maps keep it on their way, and a processor's convolutions take
         # channels last a sixth faster; an exact sum is the same in all.
         order = torch.contiguous_format if z_hat.is_cuda else torch.channels_last

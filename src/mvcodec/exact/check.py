@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from mvcodec.errors import DesyncError
-from mvcodec.exact.conv import ExactConvolution, strict
+from mvcodec.exact.conv import ExactConvolution
 from mvcodec.exact.fixed import ACTIVATION_LIMIT
+from mvcodec.exact.precision import strict
 
 
 @torch.inference_mode()
@@ -33,7 +34,7 @@ def check_layers(layers: Mapping[str, ExactConvolution]) -> int:
             np.full((1, channels, 6, 6), ACTIVATION_LIMIT),
             rng.integers(-ACTIVATION_LIMIT, ACTIVATION_LIMIT + 1, (1, channels, 9, 8)),
         ):
-            with strict():
+            with strict:
                 found = layer.convolve_fixed(torch.from_numpy(x).to(layer.weight.device, torch.float32))
             if not np.array_equal(found.cpu().numpy().astype(np.int64), reference(layer, x)):
                 raise DesyncError(f"{name}: this machine does not add exactly; others could not read its files")

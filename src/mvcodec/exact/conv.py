@@ -11,8 +11,6 @@ and floor(256 H + L) is built from their exact sums without ever forming the lon
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +35,6 @@ FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # let on
 # NNPACK, which torch may take where oneDNN is off, transforms instead of adding. It is off for good: a switch that is
 # put back would be put back under another thread's feet.
 torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def strict() -> Iterator[None]:
-    """Float32 means float32 in this block, whatever torch was told about speed."""
-    switch = getattr(torch.backends.mkldnn, "conv", None)  # torch 2.9 and later
-    before = getattr(switch, "fp32_precision", None)
-    if before not in ("bf16", "tf32"):
-        yield
-        return
-    switch.fp32_precision = "ieee"  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before  # type: ignore[union-attr]
 
 
 def _float32_is_kept(device: torch.device) -> bool:
