@@ -40,6 +40,20 @@ def test_two_at_a_time_in_order_and_alone_where_told():
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_threads_of_others_that_begin_meanwhile_have_all_cores():
+    meeting, told = threading.Barrier(2, timeout=60), []
+
+    def work(_):
+        meeting.wait()
+        other = threading.Thread(target=lambda: told.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+    beside(work, range(4), CPU)
+    assert told == [2] * 4
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_threads_know_what_their_caller_was_told():
     def told(_):
         return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 
@@ -38,3 +39,13 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, error: type[BaseExce
     with pytest.raises(error):
         write_half()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_of_the_file_that_did_not_fit(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic(tmp_path / "a.bin"):
+            raise OSError(errno.ENOSPC, "No space left on device")  # as `write` does: without a name
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "a.bin")

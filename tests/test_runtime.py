@@ -39,6 +39,10 @@ def test_freed_memory_is_not_fetched_anew():
     assert int(run(FAULTS.format(prepare="prepare()"), MALLOC_TRIM_THRESHOLD_="131072")) > 200_000
 
 
+def test_it_is_at_hand_before_torch_is():
+    assert run("import sys, mvcodec; mvcodec.runtime.prepare(); print('torch' in sys.modules)") == "False"
+
+
 def test_the_environment_has_the_last_word():
     script = "import os; from mvcodec.runtime import prepare; prepare(); print(os.environ['OMP_WAIT_POLICY'])"
     assert run(script) == "passive"

@@ -14,6 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mvcodec import errors as errors
+    from mvcodec import frames as frames
+    from mvcodec import images as images
+    from mvcodec import runtime as runtime
     from mvcodec.api import decode as decode
     from mvcodec.api import decode_set as decode_set
     from mvcodec.api import encode as encode
@@ -29,19 +33,22 @@ _HOMES = {
     "info": "mvcodec.container:describe",
     "MvcodecError": "mvcodec.errors",
 }
+_MODULES = ("errors", "frames", "images", "runtime")
 __version__ = "0.1.0"
 __all__ = ["MvcodecError", "decode", "decode_set", "encode", "info", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mvcodec' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"mvcodec.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mvcodec' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
     return getattr(import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*__all__, *_MODULES))

@@ -18,10 +18,11 @@ from mvcodec.container import Header, Stream, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.frames import MAX_PIXELS, name_of
 from mvcodec.images import Image
+from mvcodec.runtime import give_back
 from mvcodec.weights import Model
 
 Picture = Image | NDArray[np.uint8] | NDArray[np.uint16] | str | os.PathLike[str]
-File = Stream | bytes | str | os.PathLike[str]
+File = Stream | bytes | bytearray | memoryview | str | os.PathLike[str]
 Weights = Model | str | os.PathLike[str] | None
 
 
@@ -47,7 +48,8 @@ def encode(
         `mvcodec.frames.name_of` reads it; an array has none.
     alpha, max_pixels: see `mvcodec.images.read`; for files only.
     effort: 0 to 5, how long to look for a file of fewer bits; see `mvcodec.search`.
-    max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
+    max_memory: bytes to stay within, the program's own included; UsageError where that cannot be. Freed memory goes
+        back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
     """
     if isinstance(picture, str | os.PathLike):
         name = name_of(Path(picture).absolute())
@@ -55,6 +57,8 @@ def encode(
         frame = name.frame if frame is None else frame
         picture = images.read(picture, alpha=alpha, max_pixels=max_pixels)
     image = picture if isinstance(picture, Image) else Image(picture)
+    if max_memory is not None:
+        give_back()
     return codec.encode_image(
         load_model(model, device),
         image,
@@ -90,13 +94,16 @@ def decode_set(
     joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
     refine=False aligns no view with others at pixel level; max_peers aligns each with its so many most consistent ones.
     maps=True says in every view's `maps` where each of its peers contributed.
-    max_memory: bytes to stay within, the program's own included; UsageError where that cannot be.
+    max_memory: bytes to stay within, the program's own included; UsageError where that cannot be. Freed memory goes
+        back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
     model: None finds the weights that the files name; views of one model help each other.
     on_failure: see `mvcodec.codec.decode_set`.
     """
     streams = [_stream(file, partial) for file in files]
     if not streams:
         raise UsageError("there are no files to decode")
+    if max_memory is not None:
+        give_back()
     views: list[DecodedView] = []
     for model_id in sorted({stream.header.model_id for stream in streams}):
         of_one_model = [stream for stream in streams if stream.header.model_id == model_id]
@@ -140,7 +147,10 @@ def resolve_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:1 -> a device that is there; asking for an absent one is an error."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is none of auto, cpu, cuda, cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MvcodecError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -166,4 +176,5 @@ def _name_of_id(model_id: bytes, profile: str) -> str:
 def _stream(file: File, partial: bool) -> Stream:
     if isinstance(file, Stream):
         return file
-    return unpack(file if isinstance(file, bytes) else Path(file).read_bytes(), partial=partial)
+    data = file if isinstance(file, bytes | bytearray | memoryview) else Path(file).read_bytes()
+    return unpack(bytes(data), partial=partial)

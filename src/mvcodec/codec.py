@@ -111,7 +111,9 @@ def encode_view(
     quality = round(quality * 100) / 100  # as the header stores it
     model = model.within(max_memory)
     net = model.net
-    basis = hat_basis(to_device(torch.tensor([quality / 100]), model.device), net.config.quality_knots)
+    basis = hat_basis(
+        to_device(torch.tensor([quality / 100], dtype=torch.float32), model.device), net.config.quality_knots
+    )
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
     most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
     y = _analysed(model, x, basis, most)
@@ -177,6 +179,10 @@ def decode_set(
     cannot be had, and the others are decoded without it; where it is None the first such view raises.
     max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
     """
+    if max_peers is not None and max_peers < 1:
+        raise UsageError(f"max_peers {max_peers} is not at least 1")
+    if maps and not (joint and refine):
+        raise UsageError("maps say where aligned peers contributed: not without joint and refine")
     streams = [s if isinstance(s, Stream) else unpack(s, partial=partial) for s in files]
     if not streams:
         raise UsageError("no files to decode")
@@ -206,7 +212,8 @@ def decode_set(
         return []
     streams = [stream for _, stream in decoded]
     latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
-    qualities = to_device(torch.tensor([s.header.quality / 100 for s in streams]), model.device)
+    qualities = torch.tensor([s.header.quality / 100 for s in streams], dtype=torch.float32)
+    qualities = to_device(qualities, model.device)
     known = [s.damage is None or not s.damage.missing for s in streams]
     pictures, weights, drawn = reconstruct(model, latents, qualities, joint, refine, max_memory, max_peers, maps, known)
     views = []

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -40,7 +41,7 @@ def beside(
         return None
 
     def take_turns() -> None:
-        torch.set_num_threads(max(1, cores // threads))  # for the operations of the thread that says so
+        _compute_with(max(1, cores // threads), cores)
         with (
             torch.inference_mode(inference),
             torch.set_grad_enabled(gradients),
@@ -61,6 +62,18 @@ def beside(
     finally:
         torch.set_num_threads(cores)
     return [results[place] for place in range(len(items))]
+
+
+def _compute_with(threads: int, others: int) -> None:
+    """So many threads for the operations of this one, and `others` for those of threads that begin later.
+
+    What torch is told holds for the thread that says so, and for all that have not asked yet.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+    last_word = Thread(target=torch.set_num_threads, args=(others,))
+    last_word.start()
+    last_word.join()
 
 
 def finish(running: Sequence[Future[None]]) -> None:

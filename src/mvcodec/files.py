@@ -36,8 +36,10 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             yield file
         part.chmod(0o666 & ~_umask())  # mkstemp makes files private; give it what an ordinary write would
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, name):  # a full disk says no name
+            error.filename = str(path)
         raise
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as pil
 
 import mvcodec
@@ -110,6 +111,9 @@ def test_one_camera_twice_in_an_instant_is_refused(cli: Cli, coded: Path) -> Non
     outcome = cli("decode", copy, coded / "C1/00000000.phv", "-o", "out")
     assert outcome.code == 2
     assert "camera C1 is there twice" in outcome.err
+    outcome = cli("decode", copy, coded / "C1/00000000.phv", "-o", "out", "--json")
+    assert [record["file"] for record in outcome.records] == ["copy.phv", str(coded / "C1/00000000.phv")]
+    assert {record["exit_code"] for record in outcome.records} == {2}
 
 
 def test_still_scenes_in_one_tree_stay_apart(cli: Cli) -> None:
@@ -206,6 +210,20 @@ def test_python_round_trip_keeps_size_colour_and_depth(cli: Cli, dtype: type, sh
         assert (view.pixels.shape, view.pixels.dtype) == (shape, np.dtype(dtype))
 
 
+def test_python_takes_bytes_of_any_kind_and_any_default_of_torch(cli: Cli) -> None:
+    array = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    data = mvcodec.encode(array)
+    (expected,) = mvcodec.decode_set([data])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert mvcodec.encode(array) == data
+        for kind in (bytearray, memoryview):
+            assert np.array_equal(mvcodec.decode(kind(data)).pixels, expected.pixels)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_python_decodes_files_of_several_models(cli: Cli, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(models, "both")
     write_tiny_model(Path("both/other.safetensors"), anchor_lattice=True)
@@ -222,6 +240,14 @@ def test_python_decodes_files_of_several_models(cli: Cli, models: Path, monkeypa
 def test_python_errors_are_ours(cli: Cli) -> None:
     with pytest.raises(UsageError, match="no files"):
         mvcodec.decode_set([])
+    for how, message in (
+        ({"max_peers": 0}, "not at least 1"),
+        ({"maps": True, "joint": False}, "not without joint"),
+        ({"maps": True, "refine": False}, "not without joint and refine"),
+        ({"device": "toaster"}, "none of auto, cpu, cuda"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            mvcodec.decode_set([mvcodec.encode(np.zeros((4, 4), np.uint8))], **how)
     with pytest.raises(mvcodec.MvcodecError, match="give uint8"):
         mvcodec.encode(np.zeros((4, 4)))
     with pytest.raises(AttributeError, match="has no attribute 'compress'"):

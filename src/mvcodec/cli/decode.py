@@ -180,7 +180,7 @@ def decode(
             if absent and instant != Instant(place=instant.place):
                 report.note(f"{instant}: without {', '.join(sorted(absent))}")
             decoded: dict[int, DecodedView] = {}
-            with report.file(name):
+            with report.file(name, *(view.name for view in todo)):
                 started = time.perf_counter()
                 decoded = _decode(report, members, require, partial, model, device, {**how, "max_memory": max_memory})
                 seconds = time.perf_counter() - started
@@ -247,8 +247,8 @@ def _decode(
     decoded: list[DecodedView] = []
     for model_id in sorted({stream.header.model_id for _, stream in intact}):  # views of one model help each other
         streams = [stream for _, stream in intact if stream.header.model_id == model_id]
-        names = ", ".join(owner[id(stream.header)].name for stream in streams)
-        with report.file(names):
+        names = [owner[id(stream.header)].name for stream in streams]
+        with report.file(", ".join(names), *names):
             decoded += api.decode_set(streams, model=model, device=device, on_failure=failed, **how)
     if require and len(decoded) < require:
         raise MvcodecError(f"{len(decoded)} of the {require} views required")

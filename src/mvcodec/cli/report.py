@@ -59,25 +59,29 @@ class Report:
             self._say(text)
 
     @contextmanager
-    def file(self, name: object) -> Iterator[None]:
-        """Inside this block an error concerns one file: it is told, remembered, and the batch goes on."""
+    def file(self, name: object, *members: object) -> Iterator[None]:
+        """Inside this block an error concerns one file: it is told, remembered, and the batch goes on.
+
+        members: the files, where `name` stands for several; --json then has an object for each.
+        """
         try:
             yield
         except MvcodecError as error:
-            self._fail(name, str(error), error.exit_code)
+            self._fail(name, str(error), error.exit_code, members)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TORCH_OUT_OF_MEMORY):
                 raise
-            self._fail(name, "out of memory; try a smaller picture, fewer views or another device", 1)
+            self._fail(name, "out of memory; try a smaller picture, fewer views or another device", 1, members)
         except BrokenPipeError:
             raise
         except OSError as error:
             self._fail(error.filename or name, error.strerror or str(error), MvcodecError.exit_code)
 
-    def _fail(self, name: object, sentence: str, exit_code: int) -> None:
+    def _fail(self, name: object, sentence: str, exit_code: int, members: Sequence[object] = ()) -> None:
         self.failures.append(complain(f"{name}: {sentence}", exit_code, self._say))
         if self.as_json:
-            click.echo(json.dumps({"file": str(name), "error": sentence, "exit_code": exit_code}))
+            for file in members or (name,):
+                click.echo(json.dumps({"file": str(file), "error": sentence, "exit_code": exit_code}))
 
     def progress(self, items: Sequence[T], what: str) -> Iterator[T]:
         """`items` with a bar on stderr, where stderr is a terminal and there is something to wait for."""
