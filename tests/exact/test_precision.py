@@ -38,6 +38,18 @@ def rounded_products() -> Iterator[None]:
 
 
 @contextmanager
+def rounded_everything() -> Iterator[None]:
+    if CONVOLUTIONS is None:
+        pytest.skip("this torch has no such switch")
+    torch.backends.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.fp32_precision = "none"
+        assert CONVOLUTIONS.fp32_precision == "none"  # it follows still
+
+
+@contextmanager
 def rounded_convolutions() -> Iterator[None]:
     if CONVOLUTIONS is None:
         pytest.skip("this torch has no such switch")
@@ -49,7 +61,7 @@ def rounded_convolutions() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("told", [rounded_products, rounded_convolutions])
+@pytest.mark.parametrize("told", [rounded_products, rounded_convolutions, rounded_everything])
 def test_what_torch_is_told_moves_no_integer(tiny_model, told):
     image = Image(smooth_picture(100, 150))
     before = encode_image(tiny_model, image, 50)
@@ -63,7 +75,7 @@ def test_what_torch_is_told_moves_no_integer(tiny_model, told):
 @rounded_products()
 def test_the_last_thread_to_leave_puts_it_back():
     def settings() -> list[str]:
-        return [value for _, value, _ in _switches()]
+        return [switch.says for switch in _switches()]
 
     before, strict = settings(), Strict()
     assert any(value in ROUNDED for value in before)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 
@@ -29,10 +30,10 @@ class Strict:
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                for switch, before, exact in _switches():
-                    if before in ROUNDED:
-                        self.undo.callback(switch, before)
-                        switch(exact)
+                for switch in _switches():
+                    if switch.says in ROUNDED:
+                        self.undo.callback(switch.set, switch.before)
+                        switch.set(switch.exact)
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -45,10 +46,20 @@ class Strict:
 strict = Strict()
 
 
-def _switches() -> Iterator[tuple[Callable[[str], None], str, str]]:
-    """How each is set, what it says now, and what it says where nothing is rounded."""
-    if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9
-        yield torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"
+class Switch(NamedTuple):
+    set: Callable[[str], None]
+    says: str
+    before: str  # what to set it to again: "none" where it says what a switch above it was told
+    exact: str
+
+
+def _switches() -> Iterator[Switch]:
+    every = torch.backends.mkldnn
+    if not hasattr(every, "matmul"):  # before torch 2.9
+        says = torch.get_float32_matmul_precision()
+        yield Switch(torch.set_float32_matmul_precision, says, says, "highest")
         return
-    for operation in (getattr(torch.backends.mkldnn, name) for name in ("conv", "matmul")):
-        yield partial(setattr, operation, "fp32_precision"), operation.fp32_precision, "ieee"
+    for operation in (getattr(every, name) for name in ("conv", "matmul")):
+        says = operation.fp32_precision
+        before = "none" if says == getattr(every, "fp32_precision", None) else says
+        yield Switch(partial(setattr, operation, "fp32_precision"), says, before, "ieee")
