@@ -1,13 +1,20 @@
 """Model files: what is wrong with one is said, and nothing wrong is loaded."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mvcodec.codec import encode_image
 from mvcodec.errors import ModelError
+from mvcodec.exact.stored import load_tensors
+from mvcodec.images import Image
+from mvcodec.parahydra import ParaHydra
 from mvcodec.weights import FORMAT, available_models, find_model, load_model, read_model_file
+from tests.conftest import smooth_picture
 
 
 def rewritten(source, target, change):
@@ -85,3 +92,39 @@ def test_unknown_names_list_the_known_ones(tiny_model_file, monkeypatch):
     assert find_model("tiny") == tiny_model_file
     with pytest.raises(ModelError, match=r"no model named 'huge'; available: .*tiny"):
         find_model("huge")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_a_model_is_the_same_whatever_torch_takes_by_default(tiny_model_file, tiny_model, default):
+    """Of the numbers that belong to no convolution bfloat16 would round some away, and with them the integers."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            found = load_model(tiny_model_file)
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in tiny_model.net.state_dict().items():
+        same = found.net.state_dict()[name]
+        assert same.dtype == value.dtype
+        assert torch.equal(same, value)
+
+
+def test_numbers_that_would_be_rounded_are_refused(tiny_model_file):
+    tensors, config, _ = read_model_file(tiny_model_file)
+    para_em = ParaHydra(config).para_em.bfloat16()
+    with pytest.raises(ModelError, match="bfloat16 does not hold what is stored"):
+        load_tensors(para_em, tensors, "para_em.")
+
+
+def test_gradients_through_a_model_first_loaded_in_inference_mode(tiny_model_file):
+    with torch.inference_mode():
+        model = load_model(tiny_model_file)
+    assert not any(x.is_inference() for x in model.net.state_dict().values())
+    assert encode_image(model, Image(smooth_picture(60, 60)), 50, effort=1)
+
+
+def test_a_copied_model_writes_the_same_file(tiny_model):
+    image = Image(smooth_picture(60, 60))
+    for other in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
+        assert encode_image(other, image, 50) == encode_image(tiny_model, image, 50)

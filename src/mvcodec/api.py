@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mvcodec import codec, images, latents, weights
 from mvcodec.codec import DecodedView, OnFailure
 from mvcodec.container import Header, Stream, unpack
-from mvcodec.errors import ModelError, MvcodecError, UsageError
+from mvcodec.errors import BitstreamError, ModelError, MvcodecError, UsageError
 from mvcodec.frames import MAX_PIXELS, name_of
 from mvcodec.images import Image
 from mvcodec.runtime import give_back
@@ -71,9 +71,11 @@ def encode(
     )
 
 
-def decode(file: File, *, partial: bool = False, model: Weights = None, device: str = "auto") -> DecodedView:
+def decode(
+    file: File, *, partial: bool = False, max_pixels: int = MAX_PIXELS, model: Weights = None, device: str = "auto"
+) -> DecodedView:
     """One .phv file (its bytes or its path) -> its picture, without other views."""
-    return decode_set([file], partial=partial, model=model, device=device)[0]
+    return decode_set([file], partial=partial, max_pixels=max_pixels, model=model, device=device)[0]
 
 
 def decode_set(
@@ -84,6 +86,7 @@ def decode_set(
     max_peers: int | None = None,
     maps: bool = False,
     partial: bool = False,
+    max_pixels: int = MAX_PIXELS,
     max_memory: int | None = None,
     model: Weights = None,
     device: str = "auto",
@@ -94,6 +97,7 @@ def decode_set(
     joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
     refine=False aligns no view with others at pixel level; max_peers aligns each with its so many most consistent ones.
     maps=True says in every view's `maps` where each of its peers contributed.
+    max_pixels: of a view; BitstreamError for a file that says it has more: a few bytes can say so.
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be. Freed memory goes
         back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
     model: None finds the weights that the files name; views of one model help each other.
@@ -102,6 +106,10 @@ def decode_set(
     streams = [_stream(file, partial) for file in files]
     if not streams:
         raise UsageError("there are no files to decode")
+    for header in (stream.header for stream in streams):
+        if header.width * header.height > max_pixels:
+            size = f"{header.width} x {header.height} pixels"
+            raise BitstreamError(f"file has {size}, over the cap of {max_pixels}; raise it with max_pixels")
     if max_memory is not None:
         give_back()
     views: list[DecodedView] = []

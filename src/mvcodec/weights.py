@@ -61,6 +61,9 @@ class Model:
     about: Mapping[str, str]  # training history from the file's metadata
     graphs: Graphs = field(default=PLAIN, compare=False, repr=False)  # what its networks are called through
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_model, (self.path, self.device)  # copies and other processes read the file anew
+
     @property
     def device(self) -> torch.device:
         return self.net.gain.log_gain.device
@@ -204,6 +207,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[st
     return tensors, config, metadata
 
 
+@torch.inference_mode(False)  # others may want gradients of what a caller in inference mode was the first to load
 def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch.device = "cpu") -> Model:
     """Load a model by name or path. Raises ModelError if it is missing, damaged or inconsistent."""
     path = find_model(os.fspath(name))
@@ -223,12 +227,12 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     falling = exponentials.shape == (EXP_LENGTH,) and (np.diff(exponentials) <= 0).all() and exponentials[-1] >= 0
     if not falling or exponentials[0] != WEIGHT_ONE:
         raise ModelError(f"{path}: tables.exp is not a falling table of {EXP_LENGTH} entries")
-    with Uninitialised():
+    with Uninitialised(), torch.device("cpu"):  # whatever the program's default is
         net = ParaHydra(config)
     state = {name: value.float() for name, value in tensors.items() if not name.startswith(ENTROPY_PARTS)}
     for name, value in net.state_dict().items():
         if name.startswith(ENTROPY_PARTS):
-            state[name] = torch.zeros(value.shape)  # for load_tensors to fill
+            state[name] = torch.zeros(value.shape, dtype=torch.float32, device="cpu")  # for load_tensors to fill
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:

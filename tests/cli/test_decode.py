@@ -17,7 +17,7 @@ import mvcodec
 from mvcodec import container
 from mvcodec.cli.decode import _helpers
 from mvcodec.cli.maps import colours
-from mvcodec.errors import ModelError, UsageError
+from mvcodec.errors import BitstreamError, ModelError, UsageError
 from tests.conftest import write_tiny_model
 
 from .conftest import Cli
@@ -248,6 +248,8 @@ def test_python_errors_are_ours(cli: Cli) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             mvcodec.decode_set([mvcodec.encode(np.zeros((4, 4), np.uint8))], **how)
+    with pytest.raises(BitstreamError, match="4 x 4 pixels, over the cap of 15"):
+        mvcodec.decode(mvcodec.encode(np.zeros((4, 4), np.uint8)), max_pixels=15)
     with pytest.raises(mvcodec.MvcodecError, match="give uint8"):
         mvcodec.encode(np.zeros((4, 4)))
     with pytest.raises(AttributeError, match="has no attribute 'compress'"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mvcodec.codec import decode_set, encode_image
+from mvcodec.errors import DesyncError
 from mvcodec.exact.check import check_layers
 from mvcodec.exact.precision import ROUNDED, Strict, _switches
 from mvcodec.exact.stored import exact_layers
@@ -83,7 +84,20 @@ def test_the_last_thread_to_leave_puts_it_back():
     with strict:
         assert not any(value in ROUNDED for value in settings())
     strict.__enter__()
-    strict.__exit__()  # the first to come in
+    strict.__exit__(None)  # the first to come in
     assert not any(value in ROUNDED for value in settings())
-    strict.__exit__()
+    strict.__exit__(None)
     assert settings() == before
+
+
+def test_a_thread_that_has_torch_round_meanwhile_is_noticed():
+    strict = Strict()
+    with rounded_products():
+        said = torch.get_float32_matmul_precision()
+        strict.__enter__()
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(DesyncError, match="another thread told torch to round"):
+            strict.__exit__(None)
+        assert torch.get_float32_matmul_precision() == "high" != said  # and has the last word
+    with strict:  # and again as if nothing had been
+        pass

@@ -182,7 +182,15 @@ def decode(
             decoded: dict[int, DecodedView] = {}
             with report.file(name, *(view.name for view in todo)):
                 started = time.perf_counter()
-                decoded = _decode(report, members, require, partial, model, device, {**how, "max_memory": max_memory})
+                decoded = _decode(
+                    report,
+                    members,
+                    require,
+                    partial,
+                    model,
+                    device,
+                    {**how, "max_memory": max_memory, "max_pixels": max_pixels},
+                )
                 seconds = time.perf_counter() - started
                 report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
             deliver()

@@ -8,39 +8,48 @@ that torch computes as such. Sums are exact no more then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 
+from mvcodec.errors import DesyncError
+
 ROUNDED = ("bf16", "tf32", "medium", "high")  # what switches say that let operands be rounded
 
 
 class Strict:
-    """A block in which float32 is float32, whatever torch was told.
+    """A block in which float32 is float32, whatever torch was told before.
 
     The switches are the process's: the first thread that comes in sets them, the last that leaves puts them back.
+    Raises DesyncError in the end if another thread has meanwhile told torch to round, unless it took that back as well.
     """
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.undo = Lock(), 0, ExitStack()
+        self.lock, self.inside = Lock(), 0
+        self.before: list[str | None] = []  # of each switch that was set
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                for switch in _switches():
-                    if switch.says in ROUNDED:
-                        self.undo.callback(switch.set, switch.before)
+                switches = list(_switches())
+                self.before = [switch.before if switch.says in ROUNDED else None for switch in switches]
+                for switch, before in zip(switches, self.before, strict=True):
+                    if before is not None:
                         switch.set(switch.exact)
             self.inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with self.lock:
             self.inside -= 1
+            switches = list(_switches())
             if not self.inside:
-                self.undo.close()
+                for switch, before in zip(switches, self.before, strict=True):
+                    if before is not None and switch.says == switch.exact:
+                        switch.set(before)
+        if error is None and any(switch.says in ROUNDED for switch in switches):
+            raise DesyncError("another thread told torch to round float32 sums meanwhile; try again")
 
 
 strict = Strict()

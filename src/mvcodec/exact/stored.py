@@ -72,3 +72,5 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str)
             raise ModelError(f"{prefix}{name} holds numbers beyond {PARAMETER_LIMIT}, which float32 would round")
         with torch.no_grad():
             value.copy_(number.double() / PARAMETER_GRID)
+        if not torch.equal(value.cpu().double() * PARAMETER_GRID, number.double()):
+            raise ModelError(f"{prefix}{name}: {value.dtype} does not hold what is stored")
