@@ -38,7 +38,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, name):  # a full disk says no name
+        if isinstance(error, OSError) and error.errno and error.filename in (None, name):  # a full disk says no name
             error.filename = str(path)
         raise
 
