@@ -111,9 +111,8 @@ def encode_view(
     quality = round(quality * 100) / 100  # as the header stores it
     model = model.within(max_memory)
     net = model.net
-    basis = hat_basis(
-        to_device(torch.tensor([quality / 100], dtype=torch.float32), model.device), net.config.quality_knots
-    )
+    t = to_device(torch.tensor([quality / 100], dtype=torch.float32), model.device)
+    basis = hat_basis(t, net.config.quality_knots)
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
     most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
     y = _analysed(model, x, basis, most)

@@ -152,7 +152,14 @@ def decode(
     places = {id(view): path for view, path in zip(wanted, paths, strict=True)}
 
     drawn = Maps(maps, [view.source for view in wanted], force or skip_existing) if maps else None
-    how = {"joint": not preview, "refine": not no_refine, "max_peers": max_peers, "maps": drawn is not None}
+    how = {
+        "joint": not preview,
+        "refine": not no_refine,
+        "max_peers": max_peers,
+        "maps": drawn is not None,
+        "max_memory": max_memory,
+        "max_pixels": max_pixels,
+    }
 
     groups = instants(views, lambda view: view.instant, window_us)
     everyone = {view.header.camera_id for view in views}
@@ -182,15 +189,7 @@ def decode(
             decoded: dict[int, DecodedView] = {}
             with report.file(name, *(view.name for view in todo)):
                 started = time.perf_counter()
-                decoded = _decode(
-                    report,
-                    members,
-                    require,
-                    partial,
-                    model,
-                    device,
-                    {**how, "max_memory": max_memory, "max_pixels": max_pixels},
-                )
+                decoded = _decode(report, members, require, partial, model, device, how)
                 seconds = time.perf_counter() - started
                 report.detail(f"{instant}: {len(decoded)} views in {seconds:.2f} s")
             deliver()

@@ -19,6 +19,25 @@ from mvcodec.errors import DesyncError
 ROUNDED = ("bf16", "tf32", "medium", "high")  # what switches say that let operands be rounded
 
 
+class Switch(NamedTuple):
+    set: Callable[[str], None]
+    says: str
+    before: str  # what to set it to again: "none" where it says what a switch above it was told
+    exact: str
+
+
+def _switches() -> Iterator[Switch]:
+    every = torch.backends.mkldnn
+    if not hasattr(every, "matmul"):  # before torch 2.9
+        says = torch.get_float32_matmul_precision()
+        yield Switch(torch.set_float32_matmul_precision, says, says, "highest")
+        return
+    for operation in (getattr(every, name) for name in ("conv", "matmul")):
+        says = operation.fp32_precision
+        before = "none" if says == getattr(every, "fp32_precision", None) else says
+        yield Switch(partial(setattr, operation, "fp32_precision"), says, before, "ieee")
+
+
 class Strict:
     """A block in which float32 is float32, whatever torch was told before.
 
@@ -53,22 +72,3 @@ class Strict:
 
 
 strict = Strict()
-
-
-class Switch(NamedTuple):
-    set: Callable[[str], None]
-    says: str
-    before: str  # what to set it to again: "none" where it says what a switch above it was told
-    exact: str
-
-
-def _switches() -> Iterator[Switch]:
-    every = torch.backends.mkldnn
-    if not hasattr(every, "matmul"):  # before torch 2.9
-        says = torch.get_float32_matmul_precision()
-        yield Switch(torch.set_float32_matmul_precision, says, says, "highest")
-        return
-    for operation in (getattr(every, name) for name in ("conv", "matmul")):
-        says = operation.fp32_precision
-        before = "none" if says == getattr(every, "fp32_precision", None) else says
-        yield Switch(partial(setattr, operation, "fp32_precision"), says, before, "ieee")
