@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from mvcodec import codec, images, latents, weights
 from mvcodec.codec import DecodedView, OnFailure
-from mvcodec.container import Header, Stream, unpack
-from mvcodec.errors import BitstreamError, ModelError, MvcodecError, UsageError
+from mvcodec.container import Header, Stream, refuse_larger, unpack
+from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.frames import MAX_PIXELS, name_of
 from mvcodec.images import Image
 from mvcodec.runtime import give_back
@@ -106,15 +106,12 @@ def decode_set(
     streams = [_stream(file, partial) for file in files]
     if not streams:
         raise UsageError("there are no files to decode")
-    for header in (stream.header for stream in streams):
-        if header.width * header.height > max_pixels:
-            size = f"{header.width} x {header.height} pixels"
-            raise BitstreamError(f"file has {size}, over the cap of {max_pixels}; raise it with max_pixels")
+    for stream in streams:
+        refuse_larger(stream.header, max_pixels)
     if max_memory is not None:
         give_back()
     views: list[DecodedView] = []
-    for model_id in sorted({stream.header.model_id for stream in streams}):
-        of_one_model = [stream for stream in streams if stream.header.model_id == model_id]
+    for of_one_model in by_model(streams):
         views += codec.decode_set(
             model_for(of_one_model[0].header, model, device),
             of_one_model,
@@ -126,6 +123,12 @@ def decode_set(
             maps=maps,
         )
     return sorted(views, key=lambda view: view.header.camera_id)
+
+
+def by_model(streams: Sequence[Stream]) -> list[list[Stream]]:
+    """Streams that were written with one model together: they are decoded together."""
+    names = sorted({stream.header.model_id for stream in streams})
+    return [[stream for stream in streams if stream.header.model_id == name] for name in names]
 
 
 def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:

@@ -322,6 +322,13 @@ def split(data: bytes) -> Iterator[bytes]:
         start += size
 
 
+def refuse_larger(header: Header, max_pixels: int) -> None:
+    """BitstreamError for a picture of more pixels: a few bytes can claim to be one."""
+    if header.width * header.height > max_pixels:
+        size = f"{header.width} x {header.height} pixels"
+        raise BitstreamError(f"has {size}, over the cap of {max_pixels}; raise it with --max-pixels")
+
+
 def describe(data: bytes) -> dict[str, Any]:
     """What `mvcodec info` prints, from the header alone: JSON-ready fields and the size of every section."""
     layout = _layout(data)

@@ -15,7 +15,7 @@ import click
 from mvcodec import container
 from mvcodec.cli.report import Report, reporting, running, within_memory
 from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
-from mvcodec.errors import BitstreamError, MvcodecError, PictureError, UsageError
+from mvcodec.errors import MvcodecError, PictureError, UsageError
 from mvcodec.frames import MAX_PIXELS, STREAM_SUFFIX, Instant, Source, instants, safe_path
 
 if TYPE_CHECKING:
@@ -207,9 +207,7 @@ def receive(report: Report, source: Source, max_pixels: int) -> list[Received]:
     with report.file(name):  # what stands before the damage is good
         for part in streams_in(source):
             header = container.unpack_header(part)
-            if header.width * header.height > max_pixels:
-                size = f"{header.width} x {header.height} pixels"
-                raise BitstreamError(f"has {size}, over the cap of {max_pixels}; raise it with --max-pixels")
+            container.refuse_larger(header, max_pixels)
             parts.append((part, header))
     received = []
     for number, (part, header) in enumerate(parts):
@@ -252,8 +250,7 @@ def _decode(
             raise error
 
     decoded: list[DecodedView] = []
-    for model_id in sorted({stream.header.model_id for _, stream in intact}):  # views of one model help each other
-        streams = [stream for _, stream in intact if stream.header.model_id == model_id]
+    for streams in api.by_model([stream for _, stream in intact]):  # each for itself: the weights of one may be missing
         names = [owner[id(stream.header)].name for stream in streams]
         with report.file(", ".join(names), *names):
             decoded += api.decode_set(streams, model=model, device=device, on_failure=failed, **how)

@@ -30,7 +30,7 @@ from mvcodec.training.curves import append_rows, draw
 from mvcodec.training.data import centre_crops, load_scenes, refuse_overlap
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
-from mvcodec.training.losses import DISTORTIONS, loss_of
+from mvcodec.training.losses import check_distortion, loss_of
 from mvcodec.training.optimizers import OPTIMIZERS, optimizers_for
 from mvcodec.training.parallax_supervision import ParallaxSupervision
 from mvcodec.training.rounding import calibration_on, count_in_integers
@@ -279,8 +279,7 @@ def check(config: TrainConfig) -> None:
         raise UsageError("stage quantise needs the checkpoint of an earlier stage to start from")
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
-    if config.distortion not in DISTORTIONS:
-        raise UsageError(f"distortion {config.distortion!r} is none of {', '.join(DISTORTIONS)}")
+    check_distortion(config.distortion)
     if config.distortion == "ms-ssim" and config.crop < MS_SSIM_MIN_SIDE:
         raise UsageError(f"MS-SSIM needs crops of at least {MS_SSIM_MIN_SIDE} pixels a side, not {config.crop}")
     if config.compile and not config.device.startswith("cuda"):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mvcodec.errors import UsageError
 from mvcodec.nn.gain import rate_distortion_lambda
 
 DISTORTIONS = ("mse", "ms-ssim")
@@ -23,6 +24,12 @@ class Objective(NamedTuple):
     mse: Tensor
 
 
+def check_distortion(name: str) -> None:
+    """UsageError if there is no such distortion."""
+    if name not in DISTORTIONS:
+        raise UsageError(f"distortion {name!r} is none of {', '.join(DISTORTIONS)}")
+
+
 def sample_quality(step: int, seed: int, batch: int, views: int) -> Tensor:
     """t [B, K] in [0, 1], the ends a little more often: stratified over the batch; views of one scene differ."""
     rng = np.random.default_rng((seed, step, 1))
@@ -36,7 +43,7 @@ def loss_of(pictures: Tensor, decoded: Tensor, bits: Tensor, t: Tensor, distorti
     mse = distortion_of(pictures, decoded, "mse")
     lam = rate_distortion_lambda(t)
     weight = (lam / rate_distortion_lambda(torch.full_like(t, 0.5))) ** -0.25
-    cost = 255**2 * mse if distortion == "mse" else MS_SSIM_FACTOR * distortion_of(pictures, decoded, distortion)
+    cost = 255**2 * mse if distortion == "mse" else MS_SSIM_FACTOR * dissimilarity(pictures, decoded)
     return Objective((weight * (bpp + lam * cost)).mean(), bpp.mean(), mse.mean())
 
 

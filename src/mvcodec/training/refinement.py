@@ -35,7 +35,7 @@ from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows
 from mvcodec.training.data import Picture, Scene, load_scenes
-from mvcodec.training.losses import DISTORTIONS, distortion_of
+from mvcodec.training.losses import check_distortion, distortion_of
 
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
 PAIR_WINDOW = 320  # the same, of the views whose flow the steadying network learns from
@@ -252,8 +252,7 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     run = Path(config.run_dir)
     checkpoint = run / "checkpoint.pt"
     source = checkpoint if checkpoint.exists() else Path(config.start_from)
-    if config.distortion not in DISTORTIONS:
-        raise UsageError(f"distortion {config.distortion!r} is none of {', '.join(DISTORTIONS)}")
+    check_distortion(config.distortion)
     if not source.is_file():
         raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
     torch.manual_seed(config.seed)
