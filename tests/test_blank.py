@@ -14,7 +14,7 @@ from mvcodec.parahydra import ParaHydra, config_for
 
 def test_a_network_made_for_loading_takes_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    with Uninitialised():
+    with Uninitialised(10**9):
         blank = ParaHydra(config_for("tiny"))
     assert torch.equal(torch.get_rng_state(), before)
     made = ParaHydra(config_for("tiny"))

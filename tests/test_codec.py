@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mvcodec import codec
-from mvcodec.codec import decode_set, encode_image
+from mvcodec.codec import decode_set, encode_image, in_frames
 from mvcodec.container import Stream, pack, unpack
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, UsageError
 from mvcodec.images import Image
@@ -109,6 +109,31 @@ def test_any_number_of_views_of_different_sizes_and_qualities(tiny_model, count)
     views = decode_set(tiny_model, files)
     assert [v.pixels.shape for v in views] == [(40 + 8 * k, 90 - 8 * k, 3) for k in range(count)]
     assert [len(v.peers) for v in views] == [count - 1] * count
+
+
+def test_strips_that_no_common_frame_holds_are_decoded_apart(tiny_model):
+    shapes = {"tall": (640, 10), "wide": (10, 640), "wider": (20, 600), "thin": (600, 10)}
+    files = [encoded(tiny_model, *size, camera_id=name) for name, size in shapes.items()]
+    views = {view.header.camera_id: view for view in decode_set(tiny_model, files, maps=True)}
+    assert {name: view.pixels.shape[:2] for name, view in views.items()} == shapes
+    assert {name: view.peers for name, view in views.items()} == {
+        "tall": ("thin",),
+        "thin": ("tall",),
+        "wide": ("wider",),
+        "wider": ("wide",),
+    }
+    assert views["wide"].maps.shape == (1, 10, 640)
+
+
+def test_upright_and_lying_pictures_share_a_frame():
+    assert in_frames([(40, 60), (60, 40), (15, 20)]) == [[0, 1, 2]]
+    assert in_frames([(1, 4096), (4096, 1), (1, 3000)]) == [[0, 2], [1]]
+
+
+def test_arrays_seen_backwards_are_pictures_too(tiny_model):
+    picture = smooth_picture(64, 128)
+    for turned in (picture[::-1], picture[..., ::-1]):
+        assert encode_image(tiny_model, Image(turned), 50) == encode_image(tiny_model, Image(turned.copy()), 50)
 
 
 def test_argument_order_never_changes_a_result(tiny_model):

@@ -134,6 +134,18 @@ def test_orientation_is_baked_in_and_reset(orientation: int, colour: np.ndarray)
     assert kept[272] == "model"
 
 
+def test_exif_that_is_none_does_not_keep_a_picture_from_being_read() -> None:
+    again = images.read(images.to_bytes(Image(RGB, exif=b"a camera's own idea")))
+    assert np.array_equal(again.pixels, RGB)
+    assert again.exif == b""
+
+
+@pytest.mark.parametrize(("exif", "suffix"), [(bytes(70000), ".jpg"), (b"nonsense", ".tif")])
+def test_metadata_that_a_format_cannot_hold_is_refused(exif: bytes, suffix: str) -> None:
+    with pytest.raises(PictureError, match=f"cannot be written as {suffix}"):
+        images.to_bytes(Image(RGB, exif=exif), suffix)
+
+
 def test_metadata_that_says_nothing_costs_nothing() -> None:
     exif = pil.Exif()
     exif[0x0112] = 6

@@ -70,6 +70,9 @@ def test_id_depends_on_the_entropy_path(tiny_model_file, tiny_model, tmp_path):
         (lambda t, m: t["tables.exp"].zero_(), "falling table"),
         (lambda t, m: t.pop("g_a.klt.weight"), "do not fit their configuration"),
         (lambda t, m: m.update(config="{}["), "no valid configuration"),
+        (lambda t, m: m.update(config=m["config"].replace('"block_channels": 16', '"block_channels": 2048')), "larger"),
+        (lambda t, m: t["para_jd.fine.stage4.branch.leave.bias"].fill_(float("nan")), "something else than finite"),
+        (lambda t, m: t.update({"gain.log_gain": t["gain.log_gain"].long()}), "something else than finite"),
         (lambda t, m: m.update(format="other"), "not an mvcodec model file"),
     ],
 )

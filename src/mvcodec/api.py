@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -131,8 +132,14 @@ def by_model(streams: Sequence[Stream]) -> list[list[Stream]]:
     return [[stream for stream in streams if stream.header.model_id == name] for name in names]
 
 
-def check_integers(stream: Stream, *, model: Weights = None, device: str = "auto") -> None:
-    """Decode a stream as far as its integers; DesyncError where they are not those that were encoded."""
+def check_integers(
+    stream: Stream, *, max_pixels: int = MAX_PIXELS, model: Weights = None, device: str = "auto"
+) -> None:
+    """Decode a stream as far as its integers; DesyncError where they are not those that were encoded.
+
+    max_pixels: as in `decode_set`.
+    """
+    refuse_larger(stream.header, max_pixels)
     loaded = model_for(stream.header, model, device)  # kept for others, who may want gradients: not in inference mode
     with torch.inference_mode():
         latents.decode_latents(loaded, stream)
@@ -177,9 +184,10 @@ def _name_of_id(model_id: bytes, profile: str) -> str:
     """The available model of this id, looking first where the profile's name points."""
     paths = sorted(weights.available_models(), key=lambda path: not path.stem.startswith(profile))
     for path in paths:
-        tensors, config, _ = weights.read_model_file(path)
-        if weights.entropy_id(tensors, config) == model_id:
-            return str(path)
+        with suppress(ModelError):  # of another that cannot be read; whoever names it is told why
+            tensors, config, _ = weights.read_model_file(path)
+            if weights.entropy_id(tensors, config) == model_id:
+                return str(path)
     known = ", ".join(path.stem for path in paths) or "none"
     raise ModelError(f"was written with the {profile} model {model_id.hex()}, which is not here (available: {known})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from mvcodec.transfers import fetched, to_device
 from mvcodec.weights import Model
 
 OnFailure = Callable[[Header, MvcodecError], None]
+MOST_FRAME = 4  # upright and lying pictures of a camera fit a frame of 2
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ def decode_set(
 ) -> list[DecodedView]:
     """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
 
+    Views of very different shapes, which no common frame holds (`in_frames`), do not help each other.
+
     joint=False decodes each view alone. refine=False aligns no view with others: of the aligned refinement only the
     part runs that needs no peers. max_peers: it takes only so many peers for each view, the most consistent ones.
     maps: say where each of them contributed.
@@ -214,22 +218,49 @@ def decode_set(
     qualities = torch.tensor([s.header.quality / 100 for s in streams], dtype=torch.float32)
     qualities = to_device(qualities, model.device)
     known = [s.damage is None or not s.damage.missing for s in streams]
-    pictures, weights, drawn = reconstruct(model, latents, qualities, joint, refine, max_memory, max_peers, maps, known)
-    views = []
-    for k, (stream, picture) in enumerate(zip(streams, pictures, strict=True)):
-        others = [n for n in range(len(streams)) if n != k] if joint else []
-        height, width = stream.header.height, stream.header.width
-        views.append(
-            DecodedView(
-                stream.header,
-                to_image(picture, stream.header),
-                tuple(streams[n].header.camera_id for n in others),
-                None if weights is None else tuple(weights[k, others].tolist()),
-                None if drawn is None else drawn[k, others, :height, :width].numpy(),
-                stream.damage,
-            )
+    sizes = [(y.shape[2], y.shape[3]) for y in latents]
+    views: dict[int, DecodedView] = {}
+    for group in in_frames(sizes) if joint else [list(range(len(sizes)))]:
+        pictures, weights, drawn = reconstruct(
+            model,
+            [latents[k] for k in group],
+            qualities[group],
+            joint,
+            refine,
+            max_memory,
+            max_peers,
+            maps,
+            [known[k] for k in group],
         )
-    return views
+        for n, k in enumerate(group):
+            header, others = streams[k].header, [m for m in range(len(group)) if m != n] if joint else []
+            views[k] = DecodedView(
+                header,
+                to_image(pictures[n], header),
+                tuple(streams[group[m]].header.camera_id for m in others),
+                None if weights is None else tuple(weights[n, others].tolist()),
+                None if drawn is None else drawn[n, others, : header.height, : header.width].numpy(),
+                streams[k].damage,
+            )
+    return [views[k] for k in range(len(streams))]
+
+
+def in_frames(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Places of views, by their heights and widths, that fit into common frames: those are decoded together.
+
+    A frame is at most MOST_FRAME times as large as the largest view in it, so that two thin strips, one tall and one
+    wide, do not ask for the square of their length.
+    """
+    groups: list[list[int]] = []
+    for k in sorted(range(len(sizes)), key=lambda k: -math.prod(sizes[k])):
+        for group in groups:
+            height, width = (max(sizes[n][axis] for n in (*group, k)) for axis in (0, 1))
+            if height * width <= MOST_FRAME * math.prod(sizes[group[0]]):
+                group.append(k)
+                break
+        else:
+            groups.append([k])
+    return [sorted(group) for group in groups]
 
 
 def _decoded(
@@ -364,7 +395,8 @@ def samples(image: Image) -> Tensor:
     A view wherever it can be, channels last: the picture is never held as floats but tile by tile.
     """
     pixels = extended(image.pixels, -image.height % PAD_MULTIPLE, -image.width % PAD_MULTIPLE)
-    x = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # torch knows no read-only tensors
+    foreign = not pixels.flags.writeable or min(pixels.strides) < 0  # torch knows neither
+    x = torch.from_numpy(pixels.copy() if foreign else pixels)
     return x.permute(2, 0, 1)[None] if x.ndim == 3 else x.expand(1, 3, -1, -1)
 
 

@@ -32,7 +32,7 @@ PICTURE_SUFFIXES = frozenset(
 )
 STREAM_SUFFIX = ".phv"
 MAX_PIXELS = 2**27
-"""Default cap on width * height (134 megapixels): 40 bytes of header must not allocate gigabytes."""
+"""Default cap on width * height (134 megapixels): a few bytes can claim to be any picture."""
 
 _CAMERA = r"(?:c|cam|camera|view|v|image_)[-_]?\d+|left|right|l|r"
 _AUTO_PATTERNS = (

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
 import warnings
 from collections.abc import Iterator
@@ -108,8 +109,8 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
     with _readable(), _open(data, max_pixels) as picture:
         _refuse_frames(picture)
         layout = _layout(picture)  # first of all: getexif() may load the pixels and so forget it
-        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
-        icc, exif = picture.info.get("icc_profile") or b"", _exif(picture)
+        orientation, exif = _exif(picture)
+        icc = picture.info.get("icc_profile") or b""
         if picture.has_transparency_data:
             pixels = _flatten(picture, layout, alpha)
         elif layout in _LOW_BYTE:
@@ -158,7 +159,10 @@ def to_bytes(image: Image, suffix: str = ".png", *, quality: int | None = None) 
     if image.exif:
         options["exif"] = _EXIF_PREFIX + image.exif
     stream = io.BytesIO()
-    pil.fromarray(image.pixels).save(stream, kind, **options)
+    try:
+        pil.fromarray(image.pixels).save(stream, kind, **options)
+    except (ValueError, SyntaxError, struct.error, OSError) as error:  # EXIF and profile are whatever a file brought
+        raise PictureError(f"cannot be written as {suffix} ({error})") from error
     return stream.getvalue()
 
 
@@ -206,14 +210,17 @@ def _layout(picture: ImageFile) -> str:
     return arguments if isinstance(arguments, str) else str((arguments or [picture.mode])[0])
 
 
-def _exif(picture: ImageFile) -> bytes:
-    """The EXIF data as a bare TIFF stream, without orientation (now baked in) and without a preview."""
-    exif = picture.getexif()
-    exif.pop(_ORIENTATION_TAG, None)
-    if picture.format == "TIFF":
-        for tag in set(exif) - _TIFF_TAGS_KEPT:
-            del exif[tag]
-    return exif.tobytes().removeprefix(_EXIF_PREFIX) if len(exif) else b""
+def _exif(picture: ImageFile) -> tuple[int, bytes]:
+    """Orientation, to be baked in, and the EXIF data as a bare TIFF stream without it and without a preview."""
+    try:
+        exif = picture.getexif()
+        orientation = exif.pop(_ORIENTATION_TAG, 1)
+        if picture.format == "TIFF":
+            for tag in set(exif) - _TIFF_TAGS_KEPT:
+                del exif[tag]
+        return orientation, exif.tobytes().removeprefix(_EXIF_PREFIX) if len(exif) else b""
+    except Exception:  # whatever stands there: a picture is none the worse for it
+        return 1, b""
 
 
 def _flatten(picture: ImageFile, layout: str, alpha: Alpha) -> Pixels:

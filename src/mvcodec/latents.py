@@ -118,7 +118,7 @@ def encode_latents(
     parts = [part.double() for part in config.coding_order(y)]
     seen = None
     if shown is not None:
-        seen = config.coding_order(to_device(shown.double(), y.device).expand(-1, config.slices, -1, -1))
+        seen = config.coding_order(to_device(shown.double(), y.device))
     sections: list[Future[bytes]] = []
     estimates = [math.nan]
     if estimate:

@@ -92,8 +92,11 @@ class ModelConfig:
             raise ValueError("a width of zero")
 
     def coding_order(self, y: Tensor) -> list[Tensor]:
-        """y [.., M, h, w] -> what each coding step of Para-EM codes of it (`checkerboard.passes`)."""
-        slices = y.chunk(self.slices, dim=-3)
+        """y [.., M, h, w] -> what each coding step of Para-EM codes of it (`checkerboard.passes`).
+
+        Of a mask [.., 1, h, w] for all channels, what each step has of it.
+        """
+        slices = y.chunk(self.slices, dim=-3) if y.shape[-3] > 1 else [y] * self.slices
         return [part for i, full in enumerate(slices) for part in passes(full, self.anchor_lattice and i == 0)]
 
     def passes_of(self, index: int) -> int:

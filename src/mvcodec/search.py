@@ -154,7 +154,7 @@ class _Costs:
         self.inside = torch.zeros_like(self.picture[:, :1])
         self.inside[..., : inside[0], : inside[1]] = 1
         shown = F.max_pool2d(self.inside, STRIDE)  # the other latents are not for us to choose
-        self.shown = self.config.coding_order(shown.expand(-1, self.config.slices, -1, -1))
+        self.shown = self.config.coding_order(shown)
 
     def of(self, target: Tensor) -> _State:
         """Round `target` as the encoder does, half slice by half slice."""

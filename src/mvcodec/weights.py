@@ -227,9 +227,18 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     falling = exponentials.shape == (EXP_LENGTH,) and (np.diff(exponentials) <= 0).all() and exponentials[-1] >= 0
     if not falling or exponentials[0] != WEIGHT_ONE:
         raise ModelError(f"{path}: tables.exp is not a falling table of {EXP_LENGTH} entries")
-    with Uninitialised(), torch.device("cpu"):  # whatever the program's default is
-        net = ParaHydra(config)
-    state = {name: value.float() for name, value in tensors.items() if not name.startswith(ENTROPY_PARTS)}
+    held = sum(value.numel() for value in tensors.values())
+    try:
+        with Uninitialised(2 * held), torch.device("cpu"):  # whatever the program's default is
+            net = ParaHydra(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    state = {}
+    for name, value in tensors.items():
+        if not name.startswith(ENTROPY_PARTS):
+            if not value.is_floating_point() or not value.isfinite().all():
+                raise ModelError(f"{path}: {name} holds something else than finite real numbers")
+            state[name] = value.float()
     for name, value in net.state_dict().items():
         if name.startswith(ENTROPY_PARTS):
             state[name] = torch.zeros(value.shape, dtype=torch.float32, device="cpu")  # for load_tensors to fill

@@ -87,6 +87,7 @@ def test_exit_1_runtime(cli: Cli, scene: Path) -> None:
         (["encode", "scene", "--target-bpp", "1", "--target-size", "9k"], "exclude each other"),
         (["encode", "scene", "--target-size", "9x"], "number of bytes"),
         (["encode", "scene", "--target-bpp", "1", "-q", "50"], "exclude each other"),
+        (["encode", "scene", "--target-bpp", "inf"], "is not a rate"),
         (["encode", "scene/C1/00000000.png", "-o", "a.PNG"], "is the name of a picture"),
         (["encode", "scene", "--frame", "3"], "--frame"),
         (["encode", "scene", "--device", "gpu"], "use auto, cpu, cuda"),

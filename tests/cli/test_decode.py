@@ -14,7 +14,7 @@ import torch
 from PIL import Image as pil
 
 import mvcodec
-from mvcodec import container
+from mvcodec import api, container
 from mvcodec.cli.decode import _helpers
 from mvcodec.cli.maps import colours
 from mvcodec.errors import BitstreamError, ModelError, UsageError
@@ -235,6 +235,15 @@ def test_python_decodes_files_of_several_models(cli: Cli, models: Path, monkeypa
     assert [(view.header.camera_id, view.peers) for view in views] == [("a", ("c",)), ("b", ()), ("c", ("a",))]
     with pytest.raises(ModelError, match="pass the model it was written with"):
         mvcodec.decode_set(files, model="both/tiny.safetensors")
+
+
+def test_a_model_that_cannot_be_read_hides_no_other(cli: Cli, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = mvcodec.encode(np.full((9, 5, 3), 77, np.uint8))
+    shutil.copytree(models, "with_a_bad_one")
+    Path("with_a_bad_one/a_bad_one.safetensors").write_bytes(b"cut")
+    monkeypatch.setenv("MVCODEC_MODELS", "with_a_bad_one")
+    api._name_of_id.cache_clear()
+    assert mvcodec.decode(data).pixels.shape == (9, 5, 3)
 
 
 def test_python_errors_are_ours(cli: Cli) -> None:

@@ -43,6 +43,13 @@ def test_verify_goes_through_a_folder(cli: Cli, coded: Path) -> None:
     assert outcome.out.count(b"intact") == 3
 
 
+def test_verify_decodes_nothing_that_is_too_large(cli: Cli, coded: Path) -> None:
+    assert cli("verify", coded, "--max-pixels", 4000).code == 0  # checksums cost nothing
+    outcome = cli("verify", coded, "--deep", "--max-pixels", 4000)
+    assert outcome.code == 6
+    assert "over the cap of 4000" in outcome.err
+
+
 def test_verify_goes_on_behind_a_bad_part_of_a_concatenation(cli: Cli, coded: Path) -> None:
     files = [path.read_bytes() for path in sorted(coded.rglob("*.phv"))]
     files[1] = files[1][:-1] + bytes([files[1][-1] ^ 1])

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from mvcodec import container
-from mvcodec.cli.report import Report, reporting, running, within_memory
+from mvcodec.cli.report import Report, reporting, running, within_memory, within_pixels
 from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
 from mvcodec.errors import MvcodecError, PictureError, UsageError
-from mvcodec.frames import MAX_PIXELS, STREAM_SUFFIX, Instant, Source, instants, safe_path
+from mvcodec.frames import STREAM_SUFFIX, Instant, Source, instants, safe_path
 
 if TYPE_CHECKING:
     from mvcodec.cli.maps import Maps
@@ -91,13 +91,7 @@ class Finishing(NamedTuple):
     show_default=True,
     help="Views without frame number belong together if their timestamps differ by at most this.",
 )
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(min=1),
-    default=MAX_PIXELS,
-    show_default=True,
-    help="Refuse files of larger pictures before anything is allocated.",
-)
+@within_pixels
 @within_memory
 @running
 @reporting

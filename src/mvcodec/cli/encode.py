@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,8 @@ def encode(
     """
     if target_bpp is not None and target_size is not None:
         raise UsageError("--target-bpp and --target-size exclude each other")
+    if target_bpp is not None and not math.isfinite(target_bpp):
+        raise UsageError(f"--target-bpp {target_bpp}: is not a rate")
     given_quality = click.get_current_context().get_parameter_source("quality") is not ParameterSource.DEFAULT
     if given_quality and (target_bpp is not None or target_size is not None):
         raise UsageError("--quality and a target exclude each other")

@@ -13,6 +13,7 @@ import click
 
 from mvcodec.cli import complain, to_stderr
 from mvcodec.errors import BatchError, MvcodecError, UsageError
+from mvcodec.frames import MAX_PIXELS
 from mvcodec.runtime import give_back
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -76,6 +77,8 @@ class Report:
             raise
         except OSError as error:
             self._fail(error.filename or name, error.strerror or str(error), MvcodecError.exit_code)
+        except UnicodeEncodeError as error:  # of a camera id that a locale without UTF-8 cannot make a file name of
+            self._fail(name, str(error), MvcodecError.exit_code)
 
     def _fail(self, name: object, sentence: str, exit_code: int, members: Sequence[object] = ()) -> None:
         self.failures.append(complain(f"{name}: {sentence}", exit_code, self._say))
@@ -154,6 +157,17 @@ def size_in_bytes(ctx: click.Context, option: click.Parameter, value: str | None
     if size <= 0:
         raise UsageError(f"{option.opts[0]} {value}: use a number of bytes such as 50000, 50k or 1.5M")
     return size
+
+
+def within_pixels(command: F) -> F:
+    """Adds --max-pixels, of .phv files."""
+    return click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        default=MAX_PIXELS,
+        show_default=True,
+        help="Refuse files of larger pictures before anything is allocated.",
+    )(command)
 
 
 def within_memory(command: F) -> F:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mvcodec import container
-from mvcodec.cli.report import Report, reporting, running
+from mvcodec.cli.report import Report, reporting, running, within_pixels
 from mvcodec.cli.targets import label, sources, streams_in
 from mvcodec.frames import STREAM_SUFFIX
 
@@ -13,9 +13,12 @@ from mvcodec.frames import STREAM_SUFFIX
 @click.command(short_help="Check that .phv files are intact.")
 @click.argument("inputs", nargs=-1, required=True, metavar="FILE|DIR|-...")
 @click.option("--deep", is_flag=True, help="Also decode the integers and compare them with their checks.")
+@within_pixels
 @running
 @reporting
-def verify(report: Report, inputs: tuple[str, ...], deep: bool, model: str | None, device: str) -> None:
+def verify(
+    report: Report, inputs: tuple[str, ...], deep: bool, max_pixels: int, model: str | None, device: str
+) -> None:
     """Check every checksum of .phv files; exit code 4 if one is corrupt or cut short.
 
     With --deep the integers are decoded too and compared with the check of each slice. Exit code 7 means that
@@ -32,7 +35,7 @@ def verify(report: Report, inputs: tuple[str, ...], deep: bool, model: str | Non
                 if deep:
                     from mvcodec import api
 
-                    api.check_integers(stream, model=model, device=device)
+                    api.check_integers(stream, max_pixels=max_pixels, model=model, device=device)
                 record = {
                     "file": name,
                     "ok": True,

@@ -10,10 +10,9 @@ import copy
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvcodec.exact.arithmetic import LEAKY_SLOPE, Block
+from mvcodec.exact.arithmetic import FLOAT, LEAKY_SLOPE, Block
 from mvcodec.exact.conv import Conv
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -21,8 +20,8 @@ BRANCH_GAIN = 0.1  # Adam moves all 1,728 weights behind an output at once: a fu
 
 
 def leaky(x: Tensor) -> Tensor:
-    """LeakyReLU with slope 1/8."""
-    return F.leaky_relu(x, LEAKY_SLOPE)
+    """LeakyReLU with slope 1/8. x must be a fresh tensor."""
+    return FLOAT.leaky(x)
 
 
 @torch.no_grad()
@@ -100,7 +99,7 @@ class QualityBranch(nn.Module):
         """
         if folds(quality):
             enter, leave = _folded(self.enter, self.leave, self.film, self.scale, quality, order)
-            features = self.blocks(_leaky_(substituted(self.enter, enter)(x)))
+            features = self.blocks(leaky(substituted(self.enter, enter)(x)))
             return _add(substituted(self.leave, leave)(features), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         features = self.blocks(leaky(self.enter(x / self.scale) * (1 + gain) + shift))
@@ -131,7 +130,7 @@ class QualityBlock(nn.Module):
         """x [B, C, H, W], quality [B, knots] (hat weights of `gain.hat_basis`) -> [B, C, H, W]; order: see above."""
         if folds(quality):
             first, second = _folded(self.conv1, self.conv2, self.film, self.scale, quality, order)
-            return _add(substituted(self.conv2, second)(_leaky_(substituted(self.conv1, first)(x))), x)
+            return _add(substituted(self.conv2, second)(leaky(substituted(self.conv1, first)(x))), x)
         gain, shift = self.film(quality)[:, :, None, None].chunk(2, dim=1)
         hidden = leaky(self.conv1(x / self.scale) * (1 + gain) + shift)
         return x + self.conv2(hidden) * (BRANCH_GAIN * self.scale)
@@ -169,10 +168,6 @@ def _folded(
             {"weight": enter, "bias": first.bias * (1 + gain).flatten() + shift.flatten()},
             {"weight": leave, "bias": bias},
         )
-
-
-def _leaky_(x: Tensor) -> Tensor:
-    return F.leaky_relu_(x, LEAKY_SLOPE)
 
 
 def _add(branch: Tensor, x: Tensor) -> Tensor:
