@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvcodec.errors import UsageError
-from mvcodec.frames import PICTURE_SUFFIXES, Instant, ViewName, find, instants, name_of, safe_path
+from mvcodec.frames import PICTURE_SUFFIXES, Instant, ViewName, find, find_scenes, instants, name_of, safe_path
 
 
 @pytest.mark.parametrize(
@@ -123,3 +123,42 @@ def test_views_without_file_name_are_named_by_camera_and_time() -> None:
     assert safe_path("C1", 7, None) == Path("C1/00000007")
     assert safe_path("C1", None, None) == Path("C1")
     assert safe_path("", None, 123) == Path("view/123")
+
+
+def test_views_of_one_instant_of_a_rig_are_a_scene(tmp_path: Path) -> None:
+    names = ("day1/C1/0000.png", "day1/C1/0001.png", "day1/C2/0001.png", "day2/C1/0001.png")
+    names += ("flat/cam1_7.png", "flat/cam2_7.png", "still/DSC_0423.png", "still/DSC_0424.png")
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = {
+        scene: [str(file.relative_to(tmp_path)) for file in files] for scene, files in find_scenes(tmp_path).items()
+    }
+    assert found == {
+        "day1/0": ["day1/C1/0000.png"],
+        "day1/1": ["day1/C1/0001.png", "day1/C2/0001.png"],
+        "day2/1": ["day2/C1/0001.png"],
+        "flat/7": ["flat/cam1_7.png", "flat/cam2_7.png"],
+        "still": ["still/DSC_0423.png", "still/DSC_0424.png"],
+    }
+
+
+def test_a_folder_without_pictures_has_no_scenes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no pictures"):
+        find_scenes(tmp_path)
+
+
+def test_scenes_are_of_files_linked_ones_included_and_not_of_results(tmp_path: Path) -> None:
+    for name in ("data/a/1.png", "data/report/plot.png", "elsewhere/2.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    data = tmp_path / "data"
+    (data / "a" / "folder.png").mkdir()
+    (data / "a" / "lost.png").symlink_to("absent.png")
+    (data / "b").symlink_to(tmp_path / "elsewhere")
+    assert find_scenes(data, data / "report") == {"a": [data / "a/1.png"], "b": [data / "b/2.png"]}
+    assert find_scenes(data, tmp_path).keys() == {"a", "b", "report"}  # a folder around the data hides nothing
+    with pytest.raises(UsageError, match="is the folder of the pictures"):
+        find_scenes(data, data / "a/..")

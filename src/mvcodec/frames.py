@@ -11,7 +11,8 @@ Two questions are answered here, and nowhere else:
    `DSC_0423` must not become frame 423 of camera "DSC": the first part has to look like a camera. Other trees
    are described by a pattern such as "{camera}/{frame}" or "take7_{frame}_{camera}".
 2. Which views belong together? Those of one instant (`instants`): same frame number, or else same time, or
-   else same folder. Never by position in a list: cameras drop frames independently.
+   else same folder. Never by position in a list: cameras drop frames independently. A folder of many recordings
+   is sorted into scenes, each an instant of one place (`find_scenes`).
 """
 
 from __future__ import annotations
@@ -165,6 +166,40 @@ def instants(views: Iterable[T], when: Callable[[T], Instant], window_us: int = 
             groups.append((Instant(None, start), []))
         groups[-1][1].append(view)
     return groups
+
+
+def find_scenes(folder: Path, results: Path | None = None) -> dict[str, list[Path]]:
+    """The pictures below `folder` as scene name -> sorted files, one scene for each place and instant.
+
+    results: where output goes. What an earlier run left there, below `folder`, is no input. UsageError where it is
+    `folder` itself, or where there are no pictures. Links to folders are followed at the top, where scenes are.
+    """
+    if results is not None and results.resolve() == folder.resolve():
+        raise UsageError(f"{results}: is the folder of the pictures; name another for the output")
+    left_out = results if results is not None and _below(results, folder) else None
+    linked = [path for path in folder.glob("*") if path.is_symlink() and path.is_dir()]
+    scenes: dict[str, list[Path]] = {}
+    for path in sorted(path for top in (folder, *linked) for path in top.rglob("*")):
+        if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
+            continue
+        if left_out is None or not _below(path, left_out):
+            scenes.setdefault(scene_of(path.relative_to(folder)), []).append(path)
+    if not scenes:
+        raise UsageError(f"{folder}: holds no pictures; give a folder of scenes, each a folder of views")
+    return scenes
+
+
+def scene_of(path: Path) -> str:
+    """C1/0007.png belongs with C2/0007.png, cam1_0007.png with cam2_0007.png, anything else with its folder."""
+    camera, frame, _ = name_of(path)
+    if frame is None:
+        return str(path.parent)
+    place = path.parent.parent if path.parent.name == camera else path.parent
+    return str(place / str(frame))
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def safe_path(camera_id: str, frame: int | None, timestamp_us: int | None) -> Path:

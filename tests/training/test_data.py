@@ -24,30 +24,6 @@ def test_every_folder_of_pictures_is_a_scene(scenes_folder):
     assert {name: len(files) for name, files in find_scenes(scenes_folder).items()} == {"scene0": 2, "scene1": 2}
 
 
-def test_views_of_one_instant_of_a_rig_are_a_scene(tmp_path):
-    names = ("day1/C1/0000.png", "day1/C1/0001.png", "day1/C2/0001.png", "day2/C1/0001.png")
-    names += ("flat/cam1_7.png", "flat/cam2_7.png", "still/DSC_0423.png", "still/DSC_0424.png")
-    for name in names:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    found = {
-        scene: [str(file.relative_to(tmp_path)) for file in files] for scene, files in find_scenes(tmp_path).items()
-    }
-    assert found == {
-        "day1/0": ["day1/C1/0000.png"],
-        "day1/1": ["day1/C1/0001.png", "day1/C2/0001.png"],
-        "day2/1": ["day2/C1/0001.png"],
-        "flat/7": ["flat/cam1_7.png", "flat/cam2_7.png"],
-        "still": ["still/DSC_0423.png", "still/DSC_0424.png"],
-    }
-
-
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="holds no pictures"):
-        find_scenes(tmp_path)
-
-
 def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "scene").mkdir()
     (tmp_path / "scene" / "view.png").write_bytes(b"no picture")

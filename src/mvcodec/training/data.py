@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.files import atomic
-from mvcodec.frames import PICTURE_SUFFIXES, name_of
+from mvcodec.frames import find_scenes
 from mvcodec.parahydra import PAD_MULTIPLE
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
@@ -44,26 +44,6 @@ class Scene:
     def smallest_side(self) -> int:
         """No crop may be larger: views of one scene may differ in size."""
         return min(min(view.shape[:2]) for view in self.views)
-
-
-def find_scenes(folder: Path) -> dict[str, list[Path]]:
-    """The pictures below `folder` as scene name -> sorted files, one scene for each place and instant."""
-    scenes: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES:
-            scenes.setdefault(scene_of(path.relative_to(folder)), []).append(path)
-    if not scenes:
-        raise UsageError(f"{folder}: holds no pictures; give a folder of scenes, each a folder of views")
-    return scenes
-
-
-def scene_of(path: Path) -> str:
-    """C1/0007.png belongs with C2/0007.png, cam1_0007.png with cam2_0007.png, anything else with its folder."""
-    camera, frame, _ = name_of(path)
-    if frame is None:
-        return str(path.parent)
-    place = path.parent.parent if path.parent.name == camera else path.parent
-    return str(place / str(frame))
 
 
 def global_shift(reference: Picture, other: Picture) -> tuple[int, int]:
