@@ -114,6 +114,36 @@ def test_demo_tells_each_view_and_leaves_its_files(cli: Cli, scene: Path) -> Non
     assert b"MS-SSIM" in cli("demo", scene).out
 
 
+def test_demo_decodes_the_views_of_each_instant_together(cli: Cli, scene: Path) -> None:
+    first = cli("demo", scene, "-o", scene / "out", "--json", "--quiet")
+    names = [f"C{camera}/0000000{frame}" for frame in (0, 1) for camera in (1, 2)]
+    assert [record["output"] for record in first.records] == [str(scene / "out" / f"{name}.png") for name in names]
+    assert [(record["camera_id"], record["frame"]) for record in first.records] == [
+        ("C1", 0),
+        ("C2", 0),
+        ("C1", 1),
+        ("C2", 1),
+    ]
+    assert len(cli("demo", scene, "-o", scene / "out", "--json", "--quiet").records) == 4  # its own output is no input
+
+
+def test_demo_overwrites_nothing_but_an_earlier_demo(cli: Cli, scene: Path) -> None:
+    def refused(sentence: str, output: Path) -> None:
+        before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        outcome = cli("demo", scene, "-o", output)
+        assert outcome.code == 2
+        assert sentence in outcome.err
+        assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+    refused("is the folder of the pictures", scene)
+    other = shutil.copytree(scene, "other")
+    refused("is of no earlier demo", Path(other))
+    shutil.copy(scene / "C1/00000000.png", scene / "C1/00000000.bmp")
+    refused("is one of 2 pictures of camera C1", Path("demo"))
+    (scene / "C1/00000000.bmp").rename(scene / "comparison.bmp")
+    refused("both the comparison and", Path("demo"))
+
+
 def test_train_resumes_and_its_weights_work(cli: Cli, scene: Path) -> None:
     args = ["train", scene, "--profile", "tiny", "--out", "run", "--batch", 2, "--crop", 64, "--quiet"]
     assert cli(*args, "--steps", 2).code == 0

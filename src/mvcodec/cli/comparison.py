@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +17,16 @@ TILE = 320  # pixels, shown at 100 %
 CAPTION = 16
 
 
-def compare(
-    originals: Mapping[str, Image],
-    files: Mapping[str, bytes],
-    alone: Mapping[str, Image],
-    joint: Mapping[str, Image],
-) -> Image:
-    """A row per view: original, JPEG of as many bytes, decoded alone, decoded jointly; the middle of each."""
-    rows = []
-    for camera, original in originals.items():
-        jpeg = jpeg_within(original, len(files[camera]))
-        tiles = [
-            (f"{camera}: original", original),
-            (f"JPEG, {len(jpeg)} bytes", _decoded(jpeg)),
-            (f"mvcodec alone, {len(files[camera])} bytes", alone[camera]),
-            ("mvcodec joint, the same bytes", joint[camera]),
-        ]
-        rows.append(np.hstack([_tile(caption, image) for caption, image in tiles]))
-    return Image(np.vstack(rows))
+def compare(name: str, original: Image, file: bytes, alone: Image, joint: Image) -> NDArray[np.uint8]:
+    """The row of a view: original, JPEG of as many bytes, decoded alone, decoded jointly; the middle of each."""
+    jpeg = jpeg_within(original, len(file))
+    tiles = [
+        (f"{name}: original", original),
+        (f"JPEG, {len(jpeg)} bytes", _decoded(jpeg)),
+        (f"mvcodec alone, {len(file)} bytes", alone),
+        ("mvcodec joint, the same bytes", joint),
+    ]
+    return np.hstack([_tile(caption, image) for caption, image in tiles])
 
 
 def jpeg_within(image: Image, budget_bytes: int) -> bytes:

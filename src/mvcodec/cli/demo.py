@@ -3,89 +3,143 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from mvcodec.cli.report import Report, reporting, running
-from mvcodec.cli.targets import sources
-from mvcodec.files import shipped
-from mvcodec.frames import PICTURE_SUFFIXES, STREAM_SUFFIX, name_of
+from mvcodec.errors import UsageError
+from mvcodec.files import atomic, shipped
+from mvcodec.frames import STREAM_SUFFIX, find_scenes, name_of
 
 if TYPE_CHECKING:
     from mvcodec.images import Image
 
+COMPARISON = "comparison.png"
 COLUMNS = f"{'camera':<26}{'bytes':>9}{'bpp':>8}{'PSNR':>17}{'MS-SSIM':>19}{'seconds':>16}"
 UNITS = f"{'':<26}{'':>9}{'':>8}{'alone  joint':>17}{'alone   joint':>19}{'encode  decode':>16}"
 
 
+class View(NamedTuple):
+    """One camera's picture of one instant, and its file."""
+
+    path: Path
+    camera: str
+    frame: int | None
+    original: Image
+    file: bytes
+    encode_seconds: float
+
+
 @click.command(short_help="Encode and decode a real scene of three cameras.")
 @click.argument("scene", required=False, metavar="[DIR]", type=click.Path(exists=True, file_okay=False))
-@click.option("-o", "--output", default="demo", show_default=True, metavar="DIR", help="Everything lands here.")
+@click.option(
+    "-o",
+    "--output",
+    default="demo",
+    show_default=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Everything lands here.",
+)
 @click.option("-q", "--quality", type=click.FloatRange(0, 100), default=50.0, show_default=True)
 @running
 @reporting
 def demo(report: Report, scene: str | None, output: str, quality: float, model: str | None, device: str) -> None:
-    """Encode the example scene (or DIR) one camera at a time, decode all views together, and compare.
+    """Encode the example scene (or DIR) one camera at a time, decode all views of an instant together, and compare.
 
     Writes the .phv files, the decoded pictures and comparison.png: per view the original, JPEG of as many
     bytes, the picture decoded alone, and decoded jointly.
     """
+    import numpy as np
+
     from mvcodec import api, images
     from mvcodec.cli.comparison import compare
     from mvcodec.evaluation.metrics import ms_ssim, psnr
+    from mvcodec.evaluation.originals import read_original
 
-    pictures = [source.path for source in sources([scene or str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
-    folder = Path(output)
+    place, folder = Path(scene) if scene else shipped("examples/nineveh"), Path(output)
+    scenes = find_scenes(place, results=folder)
+    targets = _targets(scenes, place, folder)
     weights = api.load_model(model, device)
     report.note(f"model {weights.name} {weights.id.hex()} on {weights.device}, quality {quality:g}")
 
-    originals: dict[str, Image] = {}
-    files: dict[str, bytes] = {}
-    encode_seconds: dict[str, float] = {}
-    for path in pictures:  # each camera alone: no other view is opened
-        camera = name_of(path).camera_id
-        originals[camera] = images.read(path)
+    def encode(path: Path) -> View:
+        """One camera alone: no other view is opened."""
+        camera, frame, _ = name_of(path.relative_to(place))
+        original = read_original(path)
         started = time.perf_counter()
-        files[camera] = api.encode(originals[camera], quality=quality, camera_id=camera, model=weights)
-        encode_seconds[camera] = time.perf_counter() - started
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{camera}{STREAM_SUFFIX}").write_bytes(files[camera])
-
-    started = time.perf_counter()
-    joint = {v.header.camera_id: v.image for v in api.decode_set(list(files.values()), model=weights)}
-    decode_seconds = (time.perf_counter() - started) / len(files)
-    alone = {c: api.decode(data, model=weights).image for c, data in files.items()}
+        data = api.encode(original, quality=quality, camera_id=camera, frame=frame, model=weights)
+        seconds = time.perf_counter() - started
+        with atomic(targets[path].with_suffix(STREAM_SUFFIX)) as file:
+            file.write(data)
+        return View(path, camera, frame, original, data, seconds)
 
     report.show(f"{COLUMNS}\n{UNITS}")
-    records: list[dict[str, Any]] = []
-    for camera, original in originals.items():
-        images.write(folder / f"{camera}.png", joint[camera])
-        record = {
-            "camera_id": camera,
-            "bytes": len(files[camera]),
-            "bpp": 8 * len(files[camera]) / (original.width * original.height),
-            "psnr_alone_db": psnr(original.pixels, alone[camera].pixels),
-            "psnr_joint_db": psnr(original.pixels, joint[camera].pixels),
-            "ms_ssim_alone": ms_ssim(original.pixels, alone[camera].pixels),
-            "ms_ssim_joint": ms_ssim(original.pixels, joint[camera].pixels),
-            "encode_seconds": encode_seconds[camera],
-            "decode_seconds": decode_seconds,
-        }
-        records.append(record)
-        report.result(record, _row(record))
-    mean = {key: sum(r[key] for r in records) / len(records) for key in records[0] if key != "camera_id"}
-    report.show(_row({"camera_id": "mean", **mean}))
-    comparison = folder / "comparison.png"
-    images.write(comparison, compare(originals, files, alone, joint))
-    report.note(f"pictures, .phv files and {comparison.name} are in {folder}")
+    measured: list[dict[str, float]] = []
+    rows = []
+    for paths in scenes.values():
+        views = [encode(path) for path in paths]
+        started = time.perf_counter()
+        decoded = api.decode_set([view.file for view in views], model=weights)
+        decode_seconds = (time.perf_counter() - started) / len(views)
+        pictures = {picture.header.camera_id: picture.image for picture in decoded}
+        for view in views:
+            original, joint = view.original, pictures[view.camera]
+            alone = api.decode(view.file, model=weights).image
+            target = targets[view.path]
+            images.write(target, joint)
+            figures = {
+                "bytes": len(view.file),
+                "bpp": 8 * len(view.file) / (original.width * original.height),
+                "psnr_alone_db": psnr(original.pixels, alone.pixels),
+                "psnr_joint_db": psnr(original.pixels, joint.pixels),
+                "ms_ssim_alone": ms_ssim(original.pixels, alone.pixels),
+                "ms_ssim_joint": ms_ssim(original.pixels, joint.pixels),
+                "encode_seconds": view.encode_seconds,
+                "decode_seconds": decode_seconds,
+            }
+            measured.append(figures)
+            name = target.relative_to(folder).with_suffix("").as_posix()
+            record = {"camera_id": view.camera, "frame": view.frame, "output": str(target), **figures}
+            report.result(record, _row(name, figures))
+            rows.append(compare(name, original, view.file, alone, joint))
+    report.show(_row("mean", {key: sum(f[key] for f in measured) / len(measured) for key in measured[0]}))
+    images.write(folder / COMPARISON, images.Image(np.vstack(rows)))
+    report.note(f"pictures, .phv files and {COMPARISON} are in {folder}")
 
 
-def _row(record: dict[str, Any]) -> str:
+def _targets(scenes: Mapping[str, Sequence[Path]], place: Path, folder: Path) -> dict[Path, Path]:
+    """Where the decoded picture of each file goes; UsageError where something else is, or goes, there."""
+    originals = {path.resolve() for paths in scenes.values() for path in paths}
+    taken = {folder / COMPARISON: "the comparison"}
+    targets: dict[Path, Path] = {}
+    for paths in scenes.values():
+        cameras = [name_of(path.relative_to(place)).camera_id for path in paths]
+        for path, camera in zip(paths, cameras, strict=True):
+            target = targets[path] = (folder / path.relative_to(place)).with_suffix(".png")
+            if cameras.count(camera) > 1:
+                raise UsageError(
+                    f"{path}: is one of {cameras.count(camera)} pictures of camera {camera} at one instant; keep one"
+                )
+            if target in taken:
+                raise UsageError(
+                    f"{target}: both {taken[target]} and {path} would be written there; rename the picture"
+                )
+            if target.exists() and not target.with_suffix(STREAM_SUFFIX).exists():
+                raise UsageError(f"{target}: is of no earlier demo; name another folder with -o")
+            taken[target] = str(path)
+    if lost := [target for target in taken if target.resolve() in originals]:
+        raise UsageError(f"{lost[0]}: is one of the pictures; name another folder with -o")
+    return targets
+
+
+def _row(name: str, figures: Mapping[str, float]) -> str:
     return (
-        f"{record['camera_id']:<26}{record['bytes']:>9.0f}{record['bpp']:>8.3f}"
-        f"{record['psnr_alone_db']:>10.2f}{record['psnr_joint_db']:>7.2f}"
-        f"{record['ms_ssim_alone']:>11.4f}{record['ms_ssim_joint']:>8.4f}"
-        f"{record['encode_seconds']:>8.2f}{record['decode_seconds']:>8.2f}"
+        f"{name:<26}{figures['bytes']:>9.0f}{figures['bpp']:>8.3f}"
+        f"{figures['psnr_alone_db']:>10.2f}{figures['psnr_joint_db']:>7.2f}"
+        f"{figures['ms_ssim_alone']:>11.4f}{figures['ms_ssim_joint']:>8.4f}"
+        f"{figures['encode_seconds']:>8.2f}{figures['decode_seconds']:>8.2f}"
     )
