@@ -123,8 +123,20 @@ def test_views_and_scenes_can_be_limited(scenes):
     assert [view.name for view in scene.views] == ["a"]
     with pytest.raises(UsageError, match="has no scene absent"):
         list(read_scenes(scenes, ["absent"]))
-    with pytest.raises(UsageError, match="has no scenes"):
-        list(read_scenes(scenes / "wide"))
+    with pytest.raises(UsageError, match="holds no pictures"):
+        list(read_scenes(scenes / "notes"))
+
+
+def test_scenes_are_those_of_training(tmp_path):
+    for name in ("day1/C1/0007.png", "day1/C2/0007.png", "flat/cam1_7.png", "flat/cam2_7.png", "shard/still/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pil.fromarray(smooth_picture(8, 8)).save(tmp_path / name)
+    found = {scene.name: [view.name for view in scene.views] for scene in read_scenes(tmp_path)}
+    assert found == {"day1/7": ["C1", "C2"], "flat/7": ["cam1", "cam2"], "shard/still": ["a"]}
+    (tmp_path / "flat").rename(tmp_path / "mean")
+    (tmp_path / "mean" / "cam1_7.png").rename(tmp_path / "mean" / "a.png")
+    with pytest.raises(UsageError, match="rename the folder"):
+        next(read_scenes(tmp_path))
 
 
 def test_only_pictures_that_every_peer_codes_are_compared(tmp_path):

@@ -62,8 +62,9 @@ def evaluate(
     model: str | None,
     device: str,
 ) -> None:
-    """Code the scenes of DATA_DIR, each a folder of overlapping pictures of one place, and compare codecs.
+    """Code the scenes of DATA_DIR and compare codecs.
 
+    A scene is a folder of overlapping pictures of one place, or one frame of a rig (C1/0007.png, cam1_0007.png).
     Rates are those of real .phv files. Each view is decoded alone and together with the others of its scene. An
     interrupted run goes on where it was: what lies in --out is not measured again.
     """

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvcodec import images
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.evaluation import metrics
-from mvcodec.frames import PICTURE_SUFFIXES
+from mvcodec.evaluation.originals import read_original
+from mvcodec.frames import find_scenes, name_of
+
+MEAN = "mean"  # the "scene" of a mean over scenes
 
 
 class View(NamedTuple):
@@ -112,21 +114,24 @@ class Ledger:
         self.points |= {point.key: point for point in points}
 
 
-def read_scenes(folder: Path, names: Sequence[str] = (), limit_views: int | None = None) -> Iterator[Scene]:
-    """The scenes below `folder`, one per sub-folder that holds pictures, read one at a time; `names` picks some."""
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and _pictures(path)}
-    unknown = [name for name in names if name not in found]
-    if unknown or not found:
-        raise UsageError(f"{folder}: has no scene {', '.join(unknown)}" if unknown else f"{folder}: has no scenes")
+def read_scenes(
+    folder: Path, names: Sequence[str] = (), limit_views: int | None = None, results: Path | None = None
+) -> Iterator[Scene]:
+    """The scenes below `folder` as `find_scenes` has them, read one at a time; `names` picks some.
+
+    UsageError for names that are not there and for folders of no scenes, PictureError for what peers cannot code.
+    """
+    found = find_scenes(folder, results)
+    if unknown := [name for name in names if name not in found]:
+        raise UsageError(f"{folder}: has no scene {', '.join(unknown)}")
+    if MEAN in (names or found):
+        raise UsageError(f"{folder / MEAN}: tables have the mean of all scenes under this name; rename the folder")
     for name in names or found:
         views = []
-        for path in _pictures(found[name])[:limit_views]:
-            pixels = images.read(path).pixels
+        for path in found[name][:limit_views]:
+            pixels = read_original(path).pixels
             if pixels.dtype != np.uint8 or pixels.ndim != 3:
                 raise PictureError(f"{path}: evaluation compares 8-bit RGB pictures, which all peers code")
-            views.append(View(path.stem, pixels.astype(np.uint8), zlib.crc32(pixels.tobytes())))
+            camera = name_of(path.relative_to(folder)).camera_id
+            views.append(View(camera, pixels.astype(np.uint8), zlib.crc32(pixels.tobytes())))
         yield Scene(name, tuple(views))
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)

@@ -22,9 +22,8 @@ from mvcodec.errors import UsageError
 from mvcodec.evaluation import bdrate
 from mvcodec.evaluation.measure import JOINT, SEPARATE, Tell, fingerprint, measure_ours, measure_peer, usable_peers
 from mvcodec.evaluation.peers import PEERS
-from mvcodec.evaluation.points import Ledger, Point, read_scenes
+from mvcodec.evaluation.points import MEAN, Ledger, Point, read_scenes
 from mvcodec.evaluation.summary import (
-    MEAN,
     METRICS,
     CurvePoint,
     Delta,
@@ -92,7 +91,7 @@ def evaluate(
     peer_results: Path | None = None,
     tell: Tell = lambda sentence: None,
 ) -> Evaluation:
-    """Measure the model and the peers on scenes, and write the report into `out`.
+    """Measure the model and the peers on scenes, and write the report into `out`, which may lie below `data`.
 
     qualities: at least `bdrate.MIN_POINTS`. effort: of our encoder.
     scenes: names of some, all if empty. limit_views: the first of each scene.
@@ -103,7 +102,7 @@ def evaluate(
     usable = usable_peers(peers, tell)
     ours, others = Ledger(out / "mvcodec.jsonl"), Ledger(peer_results or out / "peers.jsonl")
     points: list[Point] = []
-    for scene in read_scenes(data, scenes, limit_views):
+    for scene in read_scenes(data, scenes, limit_views, results=out):
         for peer in usable:
             points += measure_peer(scene, peer, others)
         points += measure_ours(scene, model, sorted(set(qualities)), ours, tell, effort)

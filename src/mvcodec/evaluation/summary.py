@@ -11,9 +11,8 @@ from mvcodec.errors import UsageError
 from mvcodec.evaluation.bdrate import Curve, bd_rate
 from mvcodec.evaluation.measure import JOINT, SEPARATE
 from mvcodec.evaluation.metrics import decibels
-from mvcodec.evaluation.points import Point
+from mvcodec.evaluation.points import MEAN, Point
 
-MEAN = "mean"  # the "scene" of a mean over scenes
 METRICS = ("psnr", "ms_ssim")
 
 
