@@ -118,6 +118,17 @@ def test_an_interrupted_run_goes_on_where_it_was(evaluation, scenes, tiny_model,
     assert Ledger(ledger).points.keys() == Ledger(out / "mvcodec.jsonl").points.keys()
 
 
+def test_lines_that_are_no_points_are_passed_over_and_files_that_are_no_text_left_alone(evaluation, tmp_path):
+    good = (evaluation[1] / "peers.jsonl").read_text().splitlines(keepends=True)[0]
+    path = tmp_path / "peers.jsonl"
+    path.write_text(good + good.replace('"jpeg"', '["jpeg"]') + "[]\n{}\nhello\n")
+    assert len(Ledger(path).points) == 1
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(UsageError, match=r"peers\.jsonl: is not a file of points"):
+        Ledger(path)
+    assert path.read_bytes() == b"\x89PNG"
+
+
 def test_views_and_scenes_can_be_limited(scenes):
     (scene,) = read_scenes(scenes, ["wide"], limit_views=1)
     assert [view.name for view in scene.views] == ["a"]

@@ -88,21 +88,27 @@ def measure(
 
 
 class Ledger:
-    """Points in a file, appended as they come. What is in it is not measured again."""
+    """Points in a file, appended as they come. What is in it is not measured again.
+
+    UsageError for a file that is no text.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.points: dict[tuple[Any, ...], Point] = {}
-        kept = path.read_text() if path.exists() else ""
+        try:
+            kept = path.read_text("utf-8") if path.exists() else ""
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: is not a file of points, which is text; name another") from error
         if kept and not kept.endswith("\n"):
             path.write_text(kept + "\n")  # close a line that an interruption cut short
         for line in kept.splitlines():
             try:
                 point = Point(**json.loads(line))
+                self.points[point.key] = point
             except (ValueError, TypeError):  # cut short, or of an older format
                 continue
-            self.points[point.key] = point
 
     def get(self, codec: str, version: str, scene: Scene, view: View, setting: float) -> Point | None:
         return self.points.get((codec, version, scene.name, view.name, len(scene.views), view.crc, setting))
