@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mvcodec.errors import MvcodecError
 from mvcodec.evaluation import ffmpeg
 from mvcodec.evaluation.metrics import psnr
 from mvcodec.evaluation.peers import PEERS
@@ -56,3 +57,9 @@ def test_what_is_not_here_is_said_not_raised(monkeypatch):
     ffmpeg._ffmpeg_with.cache_clear()
     monkeypatch.setattr("PIL.features.check", lambda feature: False)
     assert PEERS["avif"].missing() == "this Pillow was built without avif"
+
+
+@pytest.mark.skipif(bool(PEERS["x265"].missing()), reason="no x265")
+def test_ffmpeg_s_failure_is_told_in_one_line():
+    with pytest.raises(MvcodecError, match=r"^ffmpeg failed: Image size is too small \(8x8\)\.$"):
+        PEERS["x265"].code([smooth_picture(8, 8)], 32)

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,9 @@ from mvcodec.codec import decode_set, encode_image
 from mvcodec.errors import DesyncError, PictureError, UsageError
 from mvcodec.evaluation import measure
 from mvcodec.evaluation.metrics import psnr
+from mvcodec.evaluation.peers import PEERS
 from mvcodec.evaluation.points import Ledger, Point, read_scenes
-from mvcodec.evaluation.report import evaluate
+from mvcodec.evaluation.report import evaluate, table
 from mvcodec.evaluation.summary import (
     JOINT,
     MEAN,
@@ -116,6 +119,30 @@ def test_an_interrupted_run_goes_on_where_it_was(evaluation, scenes, tiny_model,
     evaluate(scenes, tiny_model, tmp_path, qualities=QUALITIES, peers=["jpeg"], peer_results=peers)
     assert (tmp_path / "curves.csv").read_bytes() == (out / "curves.csv").read_bytes()
     assert Ledger(ledger).points.keys() == Ledger(out / "mvcodec.jsonl").points.keys()
+
+
+def test_a_peer_that_fails_on_a_scene_is_left_out_there_and_has_no_mean(
+    evaluation, scenes, tiny_model, tmp_path, monkeypatch
+):
+    def fussy(pictures, setting):
+        if pictures[0].shape[0] < 100:
+            raise ValueError("too\nsmall")
+        return PEERS["jpeg"].code(pictures, setting)
+
+    monkeypatch.setitem(PEERS, "webp", replace(PEERS["jpeg"], name="webp", code=fussy))
+    for kept in evaluation[1].glob("*.jsonl"):
+        shutil.copy(kept, tmp_path)
+    said: list[str] = []
+    result = evaluate(scenes, tiny_model, tmp_path, qualities=QUALITIES, peers=["webp", "jpeg"], tell=said.append)
+    assert "webp: left out on small: too small" in said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["left_out"] == {"webp": ["small"]}
+    assert {p["codec"] for p in summary["mean_curves"]} == {"jpeg", SEPARATE, JOINT}
+    (delta,) = (d for d in result.mean_deltas() if (d.anchor, d.test, d.metric) == ("webp", JOINT, "psnr"))
+    assert delta.reason == "1 of 2 scenes have none"
+    rows = {line.split()[0]: line for line in table(result).splitlines()}
+    assert rows["webp"].count("*") > rows["jpeg"].count("*")
+    assert "not of all scenes" in rows["*"]
 
 
 def test_lines_that_are_no_points_are_passed_over_and_files_that_are_no_text_left_alone(evaluation, tmp_path):

@@ -92,7 +92,8 @@ def _run(encoder: str, arguments: list[str], data: bytes) -> bytes:
 def _output(command: list[str], data: bytes) -> bytes:
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     if done.returncode:
-        raise MvcodecError(f"ffmpeg failed: {done.stderr.decode(errors='replace').strip()}")
+        first = done.stderr.decode(errors="replace").strip().partition("\n")[0]  # the cause; consequences follow
+        raise MvcodecError(f"ffmpeg failed: {first.rpartition('] ')[2] or f'exit code {done.returncode}'}")
     return done.stdout
 
 

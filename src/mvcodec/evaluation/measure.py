@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mvcodec import codec, container
-from mvcodec.errors import DesyncError
+from mvcodec.errors import DesyncError, MvcodecError
 from mvcodec.evaluation.peers import PEERS, Peer
 from mvcodec.evaluation.points import Ledger, Point, Scene, measure
 from mvcodec.images import Image
@@ -30,7 +30,10 @@ def usable_peers(names: Sequence[str], tell: Tell) -> list[Peer]:
 
 
 def measure_peer(scene: Scene, peer: Peer, ledger: Ledger) -> list[Point]:
-    """Every view at every setting. To a peer that sees one view a file, each is a scene of its own."""
+    """Every view at every setting. To a peer that sees one view a file, each is a scene of its own.
+
+    MvcodecError where the peer fails, with whatever it raised: others' codecs have their limits.
+    """
     groups = [scene] if peer.together else [Scene(scene.name, (view,)) for view in scene.views]
     points: list[Point] = []
     for group in groups:
@@ -38,7 +41,10 @@ def measure_peer(scene: Scene, peer: Peer, ledger: Ledger) -> list[Point]:
             kept = [ledger.get(peer.name, peer.about, group, view, setting) for view in group.views]
             found = [point for point in kept if point is not None]
             if len(found) < len(kept):
-                data, decoded = peer.code([view.pixels for view in group.views], setting)
+                try:
+                    data, decoded = peer.code([view.pixels for view in group.views], setting)
+                except Exception as error:
+                    raise MvcodecError(str(error) or type(error).__name__) from error
                 share = round(len(data) / len(decoded))  # bytes of a common file
                 found = [
                     measure(peer.name, peer.about, group, view, setting, share, pixels)

@@ -1,10 +1,11 @@
 """A whole evaluation: folder of scenes in, folder of tables, figures and one plot out. It can be taken up again.
 
 mvcodec.jsonl, peers.jsonl   one point per view, codec and setting; what is in them is not measured again
-curves.csv                   per scene and mean: bpp, PSNR, MS-SSIM of every codec at every setting
+curves.csv                   per scene and mean: bpp, PSNR, MS-SSIM of every codec at every setting; no mean of a codec
+                             that failed on a scene
 bd_rate.csv                  per scene and mean of the scenes' figures: ours against each peer, joint against separate
 rate_distortion.png          the mean curves
-summary.json                 the means, the joint gain, the check of the estimate, and how all was measured
+summary.json                 the means, the joint gain, the check of the estimate, how all was measured, what failed
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvcodec.errors import UsageError
+from mvcodec.errors import MvcodecError, UsageError
 from mvcodec.evaluation import bdrate
 from mvcodec.evaluation.measure import JOINT, SEPARATE, Tell, fingerprint, measure_ours, measure_peer, usable_peers
 from mvcodec.evaluation.peers import PEERS
@@ -51,6 +52,7 @@ class Evaluation:
     deltas: list[Delta]
     joint_gain_db: dict[str, float]
     estimate: EstimateCheck
+    left_out: dict[str, list[str]]  # peer -> scenes on which it failed
 
     def mean_deltas(self) -> list[Delta]:
         return [delta for delta in self.deltas if delta.scene == MEAN]
@@ -63,6 +65,7 @@ class Evaluation:
             "effort": self.effort,
             "scenes": sorted({p.scene for p in self.curves} - {MEAN}),
             "peers": {name: PEERS[name].about for name in PEERS if name in {p.codec for p in self.curves}},
+            "left_out": self.left_out,
             "bd_rate_method": f"{bdrate.METHOD}, per scene, mean of the scenes' figures, MS-SSIM in dB",
             "mean_curves": [_told(p) for p in self.curves if p.scene == MEAN],
             "mean_bd_rates": [_told(delta) for delta in self.mean_deltas()],
@@ -102,13 +105,25 @@ def evaluate(
     usable = usable_peers(peers, tell)
     ours, others = Ledger(out / "mvcodec.jsonl"), Ledger(peer_results or out / "peers.jsonl")
     points: list[Point] = []
+    left_out: dict[str, list[str]] = {}
     for scene in read_scenes(data, scenes, limit_views, results=out):
         for peer in usable:
-            points += measure_peer(scene, peer, others)
+            try:
+                points += measure_peer(scene, peer, others)
+            except MvcodecError as error:
+                left_out.setdefault(peer.name, []).append(scene.name)
+                tell(f"{peer.name}: left out on {scene.name}: {' '.join(str(error).split())}")
         points += measure_ours(scene, model, sorted(set(qualities)), ours, tell, effort)
     curves = curve_points(points)
     result = Evaluation(
-        model.name, fingerprint(model), effort, curves, deltas(curves), joint_gain_db(curves), check_estimate(points)
+        model.name,
+        fingerprint(model),
+        effort,
+        curves,
+        deltas(curves),
+        joint_gain_db(curves),
+        check_estimate(points),
+        left_out,
     )
     result.write(out)
     return result
@@ -122,7 +137,8 @@ def plot(points: Sequence[CurvePoint], path: Path) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
     ours = {JOINT: {"color": "black"}, SEPARATE: {"color": "0.5", "linestyle": "--"}}  # drawn last, on top
-    lines = {name: curve(points, name, MEAN, "psnr") for name in sorted({p.codec for p in points} - {*ours})}
+    whole = {p.codec for p in points if p.scene == MEAN}
+    lines = {name: curve(points, name, MEAN, "psnr") for name in sorted(whole - {*ours})}
     lines |= {name: curve(points, name, MEAN, "psnr") for name in ours}
     for name, line in lines.items():
         style = {"linewidth": 2.2, "zorder": 3, **ours[name]} if name in ours else {"linewidth": 1.2}
@@ -146,10 +162,11 @@ def table(result: Evaluation) -> str:
     columns = [(test, metric) for test in (SEPARATE, JOINT) for metric in METRICS]
     titles = ["separate PSNR", "separate MS-SSIM", "joint PSNR", "joint MS-SSIM"]
     lines = [f"{'BD-rate (%) against':<20}" + "".join(f"{title:>18}" for title in titles)]
-    found = {(d.anchor, d.test, d.metric): d.percent for d in result.mean_deltas()}
+    found = {(d.anchor, d.test, d.metric): _percent(d) for d in result.mean_deltas()}
     for anchor in dict.fromkeys(d.anchor for d in result.mean_deltas()):
-        row = [found.get((anchor, *column), math.nan) for column in columns]
-        lines.append(f"{anchor:<20}" + "".join(f"{'-' if v != v else f'{v:+.1f}':>18}" for v in row))
+        lines.append(f"{anchor:<20}" + "".join(f"{found.get((anchor, *column), '-'):>18}" for column in columns))
+    if any(told.endswith("*") for told in found.values()):
+        lines.append("* not of all scenes; bd_rate.csv says which have none, and why")
     check = result.estimate
     lines.append(f"joint over separate: {result.joint_gain_db[MEAN]:+.3f} dB PSNR for the same bytes")
     lines.append(
@@ -158,6 +175,11 @@ def table(result: Evaluation) -> str:
     )
     lines.append(f"BD-rate by the bjontegaard package, {bdrate.METHOD}; mean of the scenes' figures")
     return "\n".join(lines)
+
+
+def _percent(delta: Delta) -> str:
+    """The figure, with a star where scenes are missing from it."""
+    return "-" if math.isnan(delta.percent) else f"{delta.percent:+.1f}{'*' if delta.reason else ''}"
 
 
 def _write_csv(path: Path, records: Iterable[CurvePoint | Delta]) -> None:

@@ -55,7 +55,10 @@ class EstimateCheck:
 
 
 def curve_points(points: Iterable[Point]) -> list[CurvePoint]:
-    """Per codec, scene and setting, then the mean of the scenes; in order of rising rate within a curve."""
+    """Per codec, scene and setting, then the mean of the scenes; in order of rising rate within a curve.
+
+    A codec that lacks a scene has no mean: of other scenes, it would lie beside the others' as if it were theirs.
+    """
     views: dict[tuple[str, str, float], list[Point]] = defaultdict(list)
     for point in points:
         views[point.codec, point.scene, point.setting].append(point)
@@ -71,6 +74,7 @@ def curve_points(points: Iterable[Point]) -> list[CurvePoint]:
     settings: dict[tuple[str, float], list[CurvePoint]] = defaultdict(list)
     for scene in scenes:
         settings[scene.codec, scene.setting].append(scene)
+    number = len({scene.scene for scene in scenes})
     means = [
         CurvePoint(
             codec,
@@ -81,6 +85,7 @@ def curve_points(points: Iterable[Point]) -> list[CurvePoint]:
             ms_ssim=_mean(p.ms_ssim for p in group),
         )
         for (codec, setting), group in settings.items()
+        if len(group) == number
     ]
     return sorted(scenes + means, key=lambda p: (p.codec, p.scene == MEAN, p.scene, p.bpp))
 
