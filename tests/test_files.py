@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -48,4 +49,16 @@ def test_a_full_disk_is_told_of_the_file_that_did_not_fit(tmp_path: Path) -> Non
 
     with pytest.raises(OSError, match="No space left") as caught:
         write()
+    assert caught.value.filename == str(tmp_path / "a.bin")
+
+
+def test_a_folder_that_takes_no_files_is_told_of_the_file_that_was_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:  # root writes everywhere
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".mvcodec-xyz.part"))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(PermissionError) as caught, atomic(tmp_path / "a.bin"):
+        pass
     assert caught.value.filename == str(tmp_path / "a.bin")

@@ -29,16 +29,19 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     The temporary file lies in the same folder, because a rename is atomic only within one file system.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".mvcodec-", suffix=".part")
-    part = Path(name)
+    part: Path | None = None
     try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".mvcodec-", suffix=".part")
+        part = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             yield file
         part.chmod(0o666 & ~_umask())  # mkstemp makes files private; give it what an ordinary write would
         part.replace(path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename in (None, name):  # a full disk says no name
+        if part is not None:
+            part.unlink(missing_ok=True)
+        # A full disk says no name, and nobody knows that of the temporary file.
+        if isinstance(error, OSError) and error.errno and (part is None or error.filename in (None, str(part))):
             error.filename = str(path)
         raise
 

@@ -78,6 +78,24 @@ def test_exit_1_runtime(cli: Cli, scene: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "a.csv"), "a.csv: No space left on device"),
+        (OSError("what a library says"), "what a library says"),
+    ],
+)
+def test_exit_1_system(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: OSError, sentence: str) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mvcodec.weights.available_models", fail)
+    outcome = cli("models")
+    assert outcome.code == 1
+    assert outcome.err == f"mvcodec: {sentence}\n"
+
+
+@pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["encode"], "Missing argument"),

@@ -156,6 +156,20 @@ def test_lines_that_are_no_points_are_passed_over_and_files_that_are_no_text_lef
     assert path.read_bytes() == b"\x89PNG"
 
 
+def test_a_table_that_does_not_fit_leaves_the_old_one(evaluation, tmp_path):
+    resource = pytest.importorskip("resource")
+    evaluation[0].write(tmp_path)
+    before = (tmp_path / "curves.csv").read_bytes()
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, most))
+    try:
+        with pytest.raises(OSError, match=r"curves\.csv"):
+            evaluation[0].write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "curves.csv").read_bytes() == before
+
+
 def test_views_and_scenes_can_be_limited(scenes):
     (scene,) = read_scenes(scenes, ["wide"], limit_views=1)
     assert [view.name for view in scene.views] == ["a"]

@@ -73,7 +73,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.close()  # the reader left; Python would complain about it once more at exit
         code = MvcodecError.exit_code
     except OSError as error:
-        code = complain(f"{error.filename}: {error.strerror}", MvcodecError.exit_code)
+        where = "" if error.filename is None else f"{error.filename}: "
+        code = complain(f"{where}{error.strerror or error}", MvcodecError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -184,11 +185,12 @@ def _percent(delta: Delta) -> str:
 
 def _write_csv(path: Path, records: Iterable[CurvePoint | Delta]) -> None:
     rows = [dataclasses.asdict(record) for record in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def _told(record: CurvePoint | Delta) -> dict[str, Any]:
