@@ -92,7 +92,8 @@ def test_bench_accounts_for_every_stage(cli: Cli, scene: Path) -> None:
         assert record["device_name"]
         assert record["floor_ms"].keys() <= record["stages"].keys()
         assert all(floor > 0 for floor in record["floor_ms"].values())
-    assert cli("bench", "--size", "100").code == 2
+    for size in ("100", "0x9", "²x3", "100000000x100000000", f"1x{'9' * 5000}"):
+        assert cli("bench", "--size", size).code == 2
     assert cli("bench", "--untrained", "paper", "--model", "fast").code == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from mvcodec.cli.report import Report, reporting, running, within_memory
 from mvcodec.cli.targets import sources
 from mvcodec.errors import UsageError
 from mvcodec.files import shipped
-from mvcodec.frames import PICTURE_SUFFIXES
+from mvcodec.frames import MAX_PIXELS, PICTURE_SUFFIXES
 
 _IMPORT = "import time; began = time.{0}(); import mvcodec.api; print(time.{0}() - began)"
 
@@ -23,10 +24,11 @@ _IMPORT = "import time; began = time.{0}(); import mvcodec.api; print(time.{0}()
 def _size(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
-    width, _, height = value.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) * int(height)):
-        raise UsageError(f"--size {value}: use pixels such as 1920x1080")
-    return int(width), int(height)
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
+    width, height = map(int, found.groups()) if found else (0, 0)
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UsageError(f"--size {value}: use pixels such as 1920x1080, at most {MAX_PIXELS} in all")
+    return width, height
 
 
 @click.command(short_help="Measure the time of every stage.")
