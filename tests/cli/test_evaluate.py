@@ -50,9 +50,9 @@ def test_what_makes_no_curve_is_refused(cli: Cli, scene: Path, options: tuple[st
 def test_a_report_below_the_pictures_is_no_scene(cli: Cli, scene: Path) -> None:
     for frame in scene.glob("*/00000001.png"):
         frame.unlink()
-    args = ("evaluate", scene, *OPTIONS[:-1], scene / "report", "--quiet", "--json")
+    args = ("evaluate", scene, *OPTIONS[:-1], scene / "report", "--limit-views", 1, "--json")
     assert [cli(*args).records[0]["scenes"] for _ in range(2)] == [["0"], ["0"]]
-    outcome = cli(*args[:-3], scene)
+    outcome = cli(*args[:-4], scene)
     assert outcome.code == 2
     assert "is the folder of the pictures" in outcome.err
 
