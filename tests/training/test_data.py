@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.training import data
-from mvcodec.training.data import centre_crops, find_scenes, global_shift, load_scenes, refuse_overlap
+from mvcodec.training.data import centre_crops, find_scenes, global_shift, load_scenes, read_rgb, refuse_overlap
 from mvcodec.training.sampling import CropSampler, Part
 from tests.training.conftest import SHIFT
 
@@ -27,8 +29,30 @@ def test_every_folder_of_pictures_is_a_scene(scenes_folder):
 def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "scene").mkdir()
     (tmp_path / "scene" / "view.png").write_bytes(b"no picture")
-    with pytest.raises(PictureError, match=r"view\.png: cannot be read"):
+    with pytest.raises(PictureError, match=r"view\.png: is not a picture"):
         load_scenes(tmp_path)
+
+
+def test_a_picture_is_seen_as_the_codec_sees_it(tmp_path):
+    grey = noise(1, 6, 9)
+    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(tmp_path / "deep.png")
+    assert (read_rgb(tmp_path / "deep.png") == grey[..., None]).all()
+    alpha = noise(2, 6, 9, 4)
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    assert (read_rgb(tmp_path / "alpha.png") == alpha[..., :3]).all()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(alpha[..., :3]).save(tmp_path / "turned.png", exif=turned)
+    assert (read_rgb(tmp_path / "turned.png") == np.rot90(alpha[..., :3], -1)).all()
+
+
+@pytest.mark.parametrize("size", [(20_000, 10_000), (15_000, 10_000)])
+def test_a_picture_beyond_the_cap_is_one_sentence(tmp_path, size):
+    header = b"IHDR" + struct.pack(">2I5B", *size, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT")
+    with pytest.raises(PictureError, match=r"huge\.png: .* pixels(?!.*--max-pixels)"):
+        read_rgb(tmp_path / "huge.png")
 
 
 def test_global_shift_takes_a_point_of_the_reference_to_the_other():

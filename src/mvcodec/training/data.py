@@ -19,17 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import find_scenes
+from mvcodec.images import read
 from mvcodec.parahydra import PAD_MULTIPLE
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 COARSE = 8  # global shifts are found at 1/8
+READING = 2  # counts changes of what `read_rgb` makes of a file: shifts found before are found anew
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,19 @@ def global_shift(reference: Picture, other: Picture) -> tuple[int, int]:
 
 
 def read_rgb(file: Path) -> Picture:
-    """Any picture as [H, W, 3] uint8: in training alpha and depth do not matter."""
+    """A picture as the codec will see it, upright, as [H, W, 3] uint8; in training alpha and depth do not matter.
+
+    Raises PictureError for what `mvcodec encode` refuses, too.
+    """
     try:
-        return np.asarray(Image.open(file).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise PictureError(f"{file}: cannot be read as a picture: {error}") from error
+        pixels = read(file, alpha="drop").pixels
+    except OSError as error:
+        raise PictureError(f"{file}: cannot be read as a picture: {error.strerror}") from error
+    except PictureError as error:
+        reason = str(error).removesuffix("; raise it with --max-pixels")  # an option of other commands
+        raise PictureError(f"{file}: {reason}") from error
+    seen = (pixels if pixels.dtype == np.uint8 else pixels >> 8).astype(np.uint8, copy=False)
+    return seen if seen.ndim == 3 else np.repeat(seen[..., None], 3, axis=2)
 
 
 def calibration_pictures(folder: Path, count: int = 12, side: int = 256) -> list[Tensor]:
@@ -103,7 +112,7 @@ class ShiftCache:
 
     def __init__(self, folder: Path) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{READING} {folder.resolve()}".encode()).hexdigest()[:16]
         self.file = home / "mvcodec" / "shifts" / f"{name}.json"
         self.known: dict[str, dict[str, list]] = {}
         with suppress(OSError, ValueError):  # absent or spoilt: found anew
