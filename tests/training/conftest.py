@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mvcodec.training.checkpoint import Ema
 from tests.conftest import smooth_picture
 
 SHIFT = (16, 24)  # rows, columns: multiples of 8, the resolution of the global search
@@ -25,3 +28,22 @@ def scenes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(wide[top : top + 160, left : left + 192]).save(path)
     return folder
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Calls a run that Ctrl-C stops in its second step, between the weights' move and that of their averages."""
+    update = Ema.update
+
+    def interrupting(ema: Ema, model: object, step: int) -> None:
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        update(ema, model, step)
+
+    def call(run: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Ema, "update", interrupting)
+            run()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    return call

@@ -49,6 +49,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+def test_an_interrupt_waits_for_the_end_of_a_step(config, tmp_path, interrupted):
+    whole = train(config, progress=False)
+    parted = replace(config, run_dir=str(tmp_path / "parted"))
+    interrupted(lambda: train(parted, progress=False))
+    assert torch.load(Path(parted.run_dir) / "checkpoint.pt", weights_only=True)["step"] == 2
+    resumed = train(parted, progress=False)
+    assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(whole).items())
+    assert (resumed.parent / "log.csv").read_text() == (whole.parent / "log.csv").read_text()
+
+
 def cost(rows) -> float:
     """Eq. (6) summed over the validated qualities."""
     lambdas = rate_distortion_lambda(torch.tensor([row["quality"] for row in rows], dtype=torch.float64))

@@ -43,10 +43,11 @@ def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
     assert refined.refinement.steady is not None
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, interrupted):
     whole = torch.load(train(config, progress=False), weights_only=True)["refinement"]
     parted = replace(config, run_dir=str(tmp_path / "parted"))
     train(replace(parted, minutes=1e-9), progress=False)  # stops after one step
+    interrupted(lambda: train(parted, progress=False))
     resumed = torch.load(train(parted, progress=False), weights_only=True)
     assert resumed["step"] == 4
     assert all(torch.equal(resumed["refinement"][name], value) for name, value in whole.items())

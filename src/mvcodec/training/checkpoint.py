@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,27 @@ from torch import Tensor, nn
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig
 from mvcodec.weights import load_model
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside the `with` Ctrl-C waits: what belongs together, as weights and the step they are of, changes together."""
+    if threading.current_thread() is not threading.main_thread():  # others are never interrupted, and may not ask
+        yield
+        return
+    came = False
+
+    def wait(*_: object) -> None:
+        nonlocal came
+        came = True
+
+    handler = signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Ema:
@@ -32,11 +55,12 @@ class Ema:
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """The model with averaged weights, inside the `with`."""
         own = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(self.shadow)
         try:
+            model.load_state_dict(self.shadow)
             yield
         finally:
-            model.load_state_dict(own)
+            with uninterrupted():
+                model.load_state_dict(own)
 
 
 def save_whole(value: Any, path: Path) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.evaluation.metrics import MS_SSIM_MIN_SIDE
 from mvcodec.parahydra import ModelConfig, ParaHydra, TrainingOutput, config_for
-from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
+from mvcodec.training.checkpoint import Ema, save_whole, starting_weights, uninterrupted
 from mvcodec.training.config import TrainConfig, learning_rate, parallax_weight
 from mvcodec.training.curves import append_rows, draw
 from mvcodec.training.data import centre_crops, load_scenes, refuse_overlap
@@ -61,6 +61,7 @@ class Trainer:
             raise UsageError(f"no scene has two views of at least {size[1]}x{size[0]} to fuse; --synthetic makes some")
         self.ahead: Iterator[tuple[Tensor, Tensor]] | None = None
         self.step = 0
+        self.unwritten: list[dict[str, float]] = []  # rows of the log
         checkpoint = self.run / "checkpoint.pt"
         torch.manual_seed(config.seed)
         if checkpoint.exists():
@@ -155,23 +156,26 @@ class Trainer:
         terms[0].backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
         norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in groups]
-        norm = torch.stack(norms).max()
-        if torch.isfinite(norm):
-            for optimizer in self.optimizers.values():
-                optimizer.step()
-        self.ema.update(self.model, step)
-        self.step += 1
+        norm = torch.stack(norms).max().item()
         total, bits, error, off = processes.mean(terms.detach()).tolist()
-        return {
-            "step": self.step,
+        row = {
+            "step": step + 1,
             "views": pictures.shape[1],
             "loss": total,
             "bpp": bits,
             "psnr": -10 * math.log10(max(error, 1e-12)) if self.way["decode"] else math.nan,
-            "norm": norm.item(),
+            "norm": norm,
             "lr": rate,
             **({"parallax": off} if config.parallax else {}),
         }
+        with uninterrupted():
+            if math.isfinite(norm):
+                for optimizer in self.optimizers.values():
+                    optimizer.step()
+            self.ema.update(self.model, step)
+            self.step += 1
+            self.unwritten.append(row)
+        return row
 
     @torch.no_grad()
     def validate(self, crop: int = 256) -> list[dict[str, float | str]]:
@@ -225,12 +229,10 @@ class Trainer:
         """Train to the last step, or until `minutes` are over; checkpoint on the way and at the end."""
         started = saved = time.monotonic()
         bar = tqdm(total=self.config.steps, initial=self.step, disable=not self.progress, unit="step")
-        pending: list[dict[str, float]] = []
         try:
             while self.step < self.config.steps:
-                pending.append(self.train_step())
+                last = self.train_step()
                 bar.update()
-                last = pending[-1]
                 bar.set_postfix(loss=f"{last['loss']:.3f}", bpp=f"{last['bpp']:.3f}", psnr=f"{last['psnr']:.2f}")
                 if self.validation and self.step % self.config.validate_every == 0:
                     rows = self.validate()
@@ -238,23 +240,23 @@ class Trainer:
                     bar.write("\n".join(format_validation(row) for row in rows))
                 now = time.monotonic()
                 if now - saved > 60 * self.config.checkpoint_minutes:
-                    self._keep(pending)
+                    self._keep()
                     saved = now
                 if self._over(now - started):
                     break
         finally:
-            self._keep(pending)
+            self._keep()
             bar.close()
             self.ahead = None
         self.processes.wait()  # the checkpoint is there for all
 
-    def _keep(self, pending: list[dict[str, float]]) -> None:
+    def _keep(self) -> None:
         """Checkpoint, log and curves, as far as the run has come."""
         self.save()
         if self.processes.first:
-            append_rows(self.run / "log.csv", pending)
+            append_rows(self.run / "log.csv", self.unwritten)
             draw(self.run)
-        pending.clear()
+        self.unwritten.clear()
 
     def _over(self, seconds: float) -> bool:
         """Whether the time is over by the clock of process 0; the others follow it, so that none waits for another."""

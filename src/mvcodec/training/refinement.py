@@ -31,7 +31,7 @@ from mvcodec.nn.alignment import sights
 from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training import steadying
-from mvcodec.training.checkpoint import Ema, save_whole, starting_weights
+from mvcodec.training.checkpoint import Ema, save_whole, starting_weights, uninterrupted
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows
 from mvcodec.training.data import Picture, Scene, load_scenes
@@ -315,11 +315,13 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
             optimizer.zero_grad(set_to_none=True)
             now.total.backward()
             nn.utils.clip_grad_norm_(trained, 0.5)
-            optimizer.step()
-            ema.update(refinement, step)
-            step += 1
             joint_db = -10 * math.log10(float(now.joint))
-            rows.append({"step": step, "loss": now.total.item(), "joint_db": joint_db})
+            row = {"step": step + 1, "loss": now.total.item(), "joint_db": joint_db}
+            with uninterrupted():
+                optimizer.step()
+                ema.update(refinement, step)
+                step += 1
+                rows.append(row)
             bar.update()
             bar.set_postfix(joint=f"{joint_db:+.2f} dB")
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
