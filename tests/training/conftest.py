@@ -41,9 +41,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], objec
         update(ema, model, step)
 
     def call(run: Callable[[], object]) -> None:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(Ema, "update", interrupting)
-            run()
+            with pytest.raises(KeyboardInterrupt):
+                run()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     return call

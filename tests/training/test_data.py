@@ -13,7 +13,17 @@ from PIL import Image
 
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.training import data
-from mvcodec.training.data import centre_crops, find_scenes, global_shift, load_scenes, read_rgb, refuse_overlap
+from mvcodec.training.data import (
+    calibration_pictures,
+    centre_crops,
+    check_validation,
+    find_scenes,
+    global_shift,
+    load_scenes,
+    read_rgb,
+    refuse_overlap,
+)
+from mvcodec.training.klt import block_covariance
 from mvcodec.training.sampling import CropSampler, Part
 from tests.training.conftest import SHIFT
 
@@ -76,8 +86,9 @@ def test_shifts_are_found_once_and_again_when_a_file_changes(scenes_folder, tmp_
     load_scenes(folder)
     assert len(searches) == 3
     (cache,) = (tmp_path / "cache").rglob("*.json")
-    cache.write_text("spoilt")
-    assert load_scenes(folder)[0].shifts == first[0].shifts
+    for text in ("spoilt", "5", "null", "[1]", '{"scene0": 3}', '{"scene0": {"files": []}}'):
+        cache.write_text(text)
+        assert load_scenes(folder)[0].shifts == first[0].shifts
     assert {path.name for path in folder.rglob("*") if path.is_file()} == {"view0.png", "view1.png"}
 
 
@@ -138,4 +149,18 @@ def test_small_views_give_smaller_validation_crops_and_stay_out_of_training(scen
     with pytest.raises(UsageError, match="no scene has 2 views of at least 128x128"):
         CropSampler([uneven], (128, 128), 0).batch(0, Part.of(1, 0, 1), 2)
     with pytest.raises(UsageError, match="at least 64 pixels"):
-        list(centre_crops([replace(scene, views=(scene.views[0][:50], scene.views[1]))], 128))
+        check_validation([replace(scene, views=(scene.views[0][:50], scene.views[1]))])
+
+
+def test_views_of_a_few_pixels_harm_nothing(tmp_path):
+    for name, size in (("small/a", 1), ("small/b", 12), ("small/c", 80)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(size, size, size, 3)).save(tmp_path / f"{name}.png")
+    (scene,) = load_scenes(tmp_path)
+    assert scene.shifts == ((0, 0),) * 3
+    assert block_covariance([scene], blocks_per_view=20).isfinite().all()
+    (crop,) = calibration_pictures(tmp_path)  # not the first view, which is too small
+    assert crop.shape == (1, 3, 64, 64)
+    (tmp_path / "small" / "c.png").unlink()
+    with pytest.raises(UsageError, match="at least 64 pixels a side to calibrate on"):
+        calibration_pictures(tmp_path)

@@ -1,6 +1,7 @@
 """The loop learns, stops, goes on as if it had not stopped, and changes no bit in the joint stage."""
 
 import csv
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvcodec.errors import UsageError
+from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.exact.fixed import ACTIVATION_LIMIT
 from mvcodec.nn.gain import rate_distortion_lambda
+from mvcodec.training.checkpoint import save_whole
 from mvcodec.training.config import TrainConfig, learning_rate
-from mvcodec.training.curves import append_rows, draw
+from mvcodec.training.curves import append_rows, columns, draw, draw_if_possible
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import Trainer, train
 from mvcodec.weights import load_model
@@ -176,12 +178,15 @@ def test_rate_warms_up_and_decays(config):
         ({"optimizer": "sgd"}, "none of adamw, muon"),
         ({"distortion": "vmaf"}, "none of mse, ms-ssim"),
         ({"distortion": "ms-ssim"}, "at least 161 pixels a side, not 64"),
+        ({"distortion": "ms-ssim", "crop": 192, "crop_width": 64}, "at least 161 pixels a side, not 64"),
+        ({"crop": 256}, "no picture is as large as the crops, 256x256"),
         ({"compile": True}, "torch.compile is for CUDA"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(config, settings, message):
     with pytest.raises(UsageError, match=message):
         Trainer(replace(config, **settings), progress=False)
+    assert not Path(config.run_dir).exists()
 
 
 def test_stages_that_have_nothing_to_go_on_are_refused(config, single):
@@ -190,13 +195,78 @@ def test_stages_that_have_nothing_to_go_on_are_refused(config, single):
     shutil.copy(Path(config.data) / "scene0" / "view0.png", alone)
     with pytest.raises(UsageError, match="no scene has two views of at least 128x64"):
         Trainer(replace(config, stage="joint", crop_width=128, data=str(alone.parent)), progress=False)
-    with pytest.raises(UsageError, match="is of another stage"):
+    with pytest.raises(UsageError, match="was trained with --stage single, not quantise"):
         Trainer(replace(config, stage="quantise", run_dir=str(single.parent)), progress=False)
 
 
 def test_validation_on_the_training_data_is_refused(config):
     with pytest.raises(UsageError, match="is also a training picture"):
         train(replace(config, validation=config.data), progress=False)
+
+
+def test_a_run_within_its_pictures_is_refused(config):
+    with pytest.raises(UsageError, match="lies within"):
+        train(replace(config, run_dir=f"{config.data}/run"), progress=False)
+
+
+def test_a_run_of_another_kind_is_not_resumed(config, single, tmp_path):
+    for settings in ({"stage": "joint"}, {"stage": "refine"}, {"optimizer": "muon"}, {"profile": "fast"}):
+        (name, value), *_ = settings.items()
+        with pytest.raises(UsageError, match=f"was trained with --{name} .*, not {value}"):
+            train(replace(config, run_dir=str(single.parent), data=str(tmp_path / "none"), **settings), progress=False)
+
+
+def test_what_is_no_checkpoint_is_no_start(config, single, tmp_path):
+    torch.save({"step": 1}, tmp_path / "foreign.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes(single.read_bytes()[:1000])
+    other = torch.load(single, weights_only=True)
+    torch.save({**other, "ema": {}}, tmp_path / "empty.pt")
+    for name in ("foreign.pt", "text.pt", "cut.pt", "empty.pt"):
+        with pytest.raises(ModelError, match=rf"{name}.* (is not a checkpoint|do not fit)"):
+            train(replace(config, start_from=str(tmp_path / name)), progress=False)
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    save_whole({"step": 1}, file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises((MvcodecError, OSError)) as caught:
+            save_whole({"weights": torch.zeros(1 << 18)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(file) in str(caught.value)
+    assert torch.load(file) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_stages_that_move_no_bit_hand_on_where_the_bits_come_from(config, single, tiny_model_file, tmp_path):
+    """From a model file by joint and refine, from stage quantise by joint: the id of the first stays."""
+    joint = replace(config, stage="joint", steps=1, start_from=str(tiny_model_file))
+    again = replace(joint, run_dir=str(tmp_path / "again"), start_from=str(train(joint, progress=False)))
+    identity = load_model(tiny_model_file).id
+    assert export_checkpoint(train(again, progress=False), tmp_path / "a.safetensors", Path(config.data)) == identity
+    quantise = replace(config, stage="quantise", steps=1, run_dir=str(tmp_path / "q"), start_from=str(single))
+    rounded = train(quantise, progress=False)
+    fused = train(replace(joint, run_dir=str(tmp_path / "j"), start_from=str(rounded)), progress=False)
+    ids = [export_checkpoint(file, tmp_path / "b.safetensors") for file in (rounded, fused)]
+    assert ids[0] == ids[1]
+
+
+def test_validation_that_was_interrupted_is_made_up_for_and_told_once(config, scenes_folder, tmp_path, capsys):
+    run = replace(config, steps=2, validation=str(scenes_folder), validate_every=1)
+    trainer = Trainer(run, progress=False, quiet=True)
+    trainer.validate = lambda: [{"step": trainer.step, "quality": 0.0, "bpp": 1.0, "psnr_joint": 30.0}]
+    trainer.fit()
+    file = trainer.run / "validation.csv"
+    assert columns(file)["step"] == [1, 2]
+    assert not capsys.readouterr().out
+    append_rows(file, [{"step": 1, "quality": 0.5, "bpp": 1.0, "psnr_joint": 30.0}])  # as if gone on from step 0
+    assert columns(file)["step"] == [1]
+    trainer.fit()  # ended at step 2, whose rows are gone
+    assert columns(file)["step"] == [1, 2]
 
 
 def test_a_checkpoint_of_before_is_gone_on_from(config):
@@ -222,3 +292,17 @@ def test_curves_are_drawn_from_the_logs(tmp_path):
     append_rows(tmp_path / "validation.csv", [{**row, "quality": q, "bpp": q + 0.1} for q in (0, 1)])
     draw(tmp_path)
     assert (tmp_path / "curves.png").read_bytes() != before
+
+
+def test_a_log_may_lose_and_gain_columns_and_be_cut(tmp_path):
+    log = tmp_path / "log.csv"
+    log.touch()
+    append_rows(log, [{"step": 1, "loss": 2.0, "parallax": 0.5}, {"step": 2, "loss": 2.0, "parallax": 0.5}])
+    append_rows(log, [{"step": 2, "loss": 1.0}])
+    assert columns(log)["loss"] == [2, 1]
+    with log.open("a") as file:
+        file.write("3,0.")
+    append_rows(log, [{"step": 3, "loss": 1.0}])
+    assert columns(log)["step"] == [1, 2, 3]
+    log.write_text("something else\n1\n")
+    draw_if_possible(tmp_path)

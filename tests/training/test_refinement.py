@@ -53,6 +53,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, interrupte
     assert all(torch.equal(resumed["refinement"][name], value) for name, value in whole.items())
 
 
+def test_what_was_prepared_of_another_model_is_prepared_anew(config, tmp_path):
+    other = torch.load(config.start_from, weights_only=True)
+    other["ema"]["gain.log_gain"] += 0.5
+    torch.save(other, tmp_path / "other.pt")
+    changed = replace(config, steps=1, start_from=str(tmp_path / "other.pt"), batch=400)  # more than there are
+    clean = train(replace(changed, run_dir=str(tmp_path / "clean")), progress=False).parent
+    run = train(config, progress=False).parent
+    kept = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    train(replace(config, steps=5), progress=False)
+    assert kept == {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    (run / "checkpoint.pt").unlink()
+    train(changed, progress=False)
+    assert kept
+    for file in kept:
+        assert file.read_bytes() == (clean / file.relative_to(run)).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"validation": "scenes"}, {"compile": True}, {"optimizer": "muon"}])
+def test_settings_of_other_stages_are_refused(config, settings):
+    with pytest.raises(UsageError, match=f"--{next(iter(settings))} is nothing that stage refine knows"):
+        refinement.refine(replace(config, **settings))
+
+
 def test_an_unknown_distortion_is_refused(config):
     with pytest.raises(UsageError, match="none of mse, ms-ssim"):
         train(replace(config, distortion="vmaf"), progress=False)

@@ -29,7 +29,8 @@ from mvcodec.errors import UsageError
     "--bits-of",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.safetensors",
-    help="Keep this model's entropy path, and with it its id and its files: for later stages of training.",
+    help="Keep this model's entropy path, and with it its id and its files; default: that of the model file with which"
+    " stages joint and refine began.",
 )
 @click.option("--card", is_flag=True, help="Also write what is known of the model, as FILE.md.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite.")
@@ -44,7 +45,8 @@ def export(
     force: bool,
 ) -> None:
     """Make a model file of CHECKPOINT, with its averaged weights, for `--model` or the folder $MVCODEC_MODELS."""
-    from mvcodec.training.export import describe, export_checkpoint, read_checkpoint
+    from mvcodec.training.checkpoint import read_checkpoint
+    from mvcodec.training.export import describe, export_checkpoint
 
     state = read_checkpoint(checkpoint)
     target = output or checkpoint.with_name(f"{state['model_config']['profile']}.safetensors")
@@ -53,6 +55,8 @@ def export(
     written = [target, *([target.with_suffix(".md")] if card else [])]
     if (there := [path for path in written if path.exists()]) and not force:
         raise UsageError(f"{there[0]}: exists; say --force to overwrite it")
+    if calibrate and not bits_of and "entropy" in state:
+        report.note("--calibrate: nothing to do; the checkpoint keeps the entropy path of the model that it began with")
     identity = export_checkpoint(checkpoint, target, calibrate, bits_of)
     if card:
         describe(checkpoint, target, identity)

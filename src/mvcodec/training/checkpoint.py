@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig
-from mvcodec.weights import load_model
+from mvcodec.training.config import TrainConfig
+from mvcodec.weights import ENTROPY_PARTS, load_model, read_model_file
 
 
 @contextmanager
@@ -64,15 +69,82 @@ class Ema:
 
 
 def save_whole(value: Any, path: Path) -> None:
-    """torch.save, whole or not at all."""
+    """torch.save, whole or not at all; MvcodecError where the disk has no room."""
     with atomic(path) as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch forgets the OSError it met
+            raise MvcodecError(
+                f"{path}: cannot be written; is the disk full? ({str(error).splitlines()[0]})"
+            ) from error
 
 
-def starting_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights to begin from: a run's checkpoint (its averages) or a released model file."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """As a safetensors file, whole or not at all."""
+    with atomic(path) as file:
+        file.write(to_safetensors({name: x.contiguous() for name, x in tensors.items()}))
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a run wrote; ModelError if it is something else."""
+    try:
+        # torch.save writes a zip file; of anything else torch.load makes errors of many kinds.
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True) if is_zipfile(checkpoint) else None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ModelError(f"{checkpoint} is not a readable checkpoint: {error}") from error
+    if not isinstance(state, dict) or not {"ema", "step", "model_config", "train_config"} <= state.keys():
+        raise ModelError(f"{checkpoint} is not a checkpoint of mvcodec train")
+    try:
+        ModelConfig.from_dict(state["model_config"])
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{checkpoint} has no valid configuration: {error}") from error
+    return state
+
+
+def to_resume(config: TrainConfig) -> dict[str, Any] | None:
+    """The checkpoint in the run's folder, if there is one; UsageError if it is of a run of another kind."""
+    checkpoint = Path(config.run_dir) / "checkpoint.pt"
+    if not checkpoint.exists():
+        return None
+    state = read_checkpoint(checkpoint)
+    for name in ("stage", "optimizer", "profile"):
+        now, then = getattr(config, name), state["train_config"].get(name, getattr(TrainConfig, name))
+        if now != then:
+            raise UsageError(f"{checkpoint}: was trained with --{name} {then}, not {now}; resume with that")
+    return state
+
+
+class Start(NamedTuple):
+    """What a run begins from."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    bits: dict[str, dict[str, Tensor]]  # see `bits_of`
+
+
+def starting_weights(path: Path) -> Start:
+    """Of a run's checkpoint (its averages) or a released model file; ModelError if it is neither."""
     if path.suffix == ".safetensors":
         net = load_model(path).net
-        return net.config, net.state_dict()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return ModelConfig.from_dict(state["model_config"]), state["ema"]
+        tensors, _, _ = read_model_file(path)
+        entropy = {name: value for name, value in tensors.items() if name.startswith(ENTROPY_PARTS)}
+        return Start(net.config, net.state_dict(), {"entropy": entropy})
+    state = read_checkpoint(path)
+    return Start(ModelConfig.from_dict(state["model_config"]), state["ema"], bits_of(state))
+
+
+def bits_of(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """What fixes the integers that this checkpoint's files consist of: stages that move no bit hand it on.
+
+    `entropy`: the entropy path of the model file that it all began with; `calibration`: that of stage quantise.
+    Nothing where integers are first made at export.
+    """
+    return {name: state[name] for name in ("entropy", "calibration") if name in state}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """ModelError where those of `path` do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: weights do not fit their configuration: {str(error).splitlines()[0]}") from error

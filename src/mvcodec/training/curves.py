@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 import csv
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mvcodec.files import atomic
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV, writing its header first if it is new."""
+    """Add rows to a CSV, whole or not at all, in the place of those of their and later steps: a run that goes on from
+    a checkpoint makes them anew. A column that some rows do not have is nan there.
+    """
     if not rows:
         return
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
+    first = rows[0]["step"]
+    rows = [row for row in _rows(path) if float(row["step"]) < first] + rows
+    names = dict.fromkeys(name for row in rows for name in row)
+    with atomic(path) as file:
+        text = io.TextIOWrapper(file, newline="", write_through=True)
+        writer = csv.DictWriter(text, list(names), restval="nan")
+        writer.writeheader()
         writer.writerows(rows)
+        text.detach()
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """What there is in a CSV of numbers, without rows that a crash has cut."""
+    if not path.exists():
+        return []
+    with path.open(newline="", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if "step" in row and _numbers(row)]
+
+
+def _numbers(row: dict[str, str]) -> bool:
+    try:
+        return bool([float(value) for value in row.values()])
+    except (TypeError, ValueError):
+        return False
 
 
 def columns(path: Path) -> dict[str, list[float]]:
     """A CSV of numbers as name -> column; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(path)
     return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else [])}
+
+
+def draw_if_possible(run: Path) -> None:
+    """`draw`, which must not end a run."""
+    try:
+        draw(run)
+    except Exception as error:
+        tqdm.write(f"{run / 'curves.png'}: not drawn ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def draw(run: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from filecmp import cmp
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def global_shift(reference: Picture, other: Picture) -> tuple[int, int]:
     """Shift (rows, columns) that takes a point of `reference` to `other`, by phase correlation at 1/8 size."""
     height = min(reference.shape[0], other.shape[0]) // COARSE
     width = min(reference.shape[1], other.shape[1]) // COARSE
+    if min(height, width) < 2:  # too small to tell
+        return 0, 0
     window = np.outer(np.hanning(height), np.hanning(width))
 
     def spectrum(picture: Picture) -> NDArray[np.complex128]:
@@ -83,17 +86,26 @@ def read_rgb(file: Path) -> Picture:
 
 
 def calibration_pictures(folder: Path, count: int = 12, side: int = 256) -> list[Tensor]:
-    """Centre crops [1, 3, side, side] of the first views of scenes spread over a training folder."""
-    files = [views[0] for views in find_scenes(folder).values()]
-    crops = []
-    for file in files[:: max(1, len(files) // count)][:count]:
+    """Centre crops [1, 3, side, side] of the first views of scenes spread over a training folder.
+
+    UsageError if no picture of the folder has 64 pixels a side.
+    """
+    scenes = list(find_scenes(folder).values())
+    spread = [views[0] for views in scenes][:: max(1, len(scenes) // count)][:count]
+    crops = list(_centres(spread, side)) or list(islice(_centres(chain(*scenes), side), count))
+    if not crops:
+        raise UsageError(f"{folder}: holds no picture of at least {PAD_MULTIPLE} pixels a side to calibrate on")
+    return crops
+
+
+def _centres(files: Iterable[Path], side: int) -> Iterator[Tensor]:
+    for file in files:
         picture = read_rgb(file)
         height, width = (min(side, n // PAD_MULTIPLE * PAD_MULTIPLE) for n in picture.shape[:2])
         if height and width:
             top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
             crop = picture[top : top + height, left : left + width].copy()
-            crops.append(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
-    return crops
+            yield torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255
 
 
 def load_scenes(folder: Path, progress: bool = False) -> list[Scene]:
@@ -115,25 +127,33 @@ class ShiftCache:
         name = hashlib.sha256(f"{READING} {folder.resolve()}".encode()).hexdigest()[:16]
         self.file = home / "mvcodec" / "shifts" / f"{name}.json"
         self.known: dict[str, dict[str, list]] = {}
-        with suppress(OSError, ValueError):  # absent or spoilt: found anew
+        with suppress(OSError, ValueError, TypeError):  # absent or spoilt: found anew
             self.known = dict(json.loads(self.file.read_text()))
         self.changed = False
 
     def shifts(self, name: str, files: list[Path], views: tuple[Picture, ...]) -> tuple[tuple[int, int], ...]:
         """Shift (rows, columns) of each view against the first."""
         key = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        entry = self.known.get(name)
-        if not entry or entry.get("files") != key:
-            found = [(0, 0), *(global_shift(views[0], view) for view in views[1:])]
-            entry = self.known[name] = {"files": key, "shifts": found}
-            self.changed = True
-        return tuple((row, column) for row, column in entry["shifts"])
+        with suppress(KeyError, ValueError, TypeError):  # unknown, or spoilt
+            entry = self.known[name]
+            if entry["files"] == key and len(entry["shifts"]) == len(files):
+                return tuple((int(row), int(column)) for row, column in entry["shifts"])
+        found = ((0, 0), *(global_shift(views[0], view) for view in views[1:]))
+        self.known[name] = {"files": key, "shifts": list(found)}
+        self.changed = True
+        return found
 
     def save(self) -> None:
         """Keep what was found; a cache that cannot be written costs time, nothing else."""
         if self.changed:
             with suppress(OSError), atomic(self.file) as file:
                 file.write(json.dumps(self.known).encode())
+
+
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of each picture below `folder`: what tells whether they are still the same."""
+    found = ((file, file.stat()) for files in find_scenes(folder).values() for file in files)
+    return [(str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for file, stat in found]
 
 
 def refuse_overlap(data: Path, validation: Path) -> None:
@@ -147,6 +167,13 @@ def refuse_overlap(data: Path, validation: Path) -> None:
                 raise UsageError(f"{file}: is also a training picture ({other}); validate on scenes of their own")
 
 
+def check_validation(scenes: list[Scene]) -> None:
+    """UsageError where a scene is too small for `centre_crops`."""
+    for scene in scenes:
+        if scene.smallest_side < PAD_MULTIPLE:
+            raise UsageError(f"{scene.name}: views of a validation scene need at least {PAD_MULTIPLE} pixels a side")
+
+
 def centre_crops(scenes: list[Scene], size: int) -> Iterator[tuple[str, Tensor]]:
     """Validation: per scene its overlapping centre crops [1, K, 3, size, size], the same every time.
 
@@ -155,8 +182,6 @@ def centre_crops(scenes: list[Scene], size: int) -> Iterator[tuple[str, Tensor]]
     largest = size
     for scene in scenes:
         size = min(largest, scene.smallest_side // PAD_MULTIPLE * PAD_MULTIPLE)
-        if size == 0:
-            raise UsageError(f"{scene.name}: views of a validation scene need at least {PAD_MULTIPLE} pixels a side")
         height, width = scene.views[0].shape[:2]
         crops = []
         for picture, (dr, dc) in zip(scene.views, scene.shifts, strict=True):

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-from zipfile import is_zipfile
 
-import torch
+from safetensors.torch import save_file
 
-from mvcodec.errors import ModelError
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig, ParaHydra
+from mvcodec.training.checkpoint import load_weights, read_checkpoint
 from mvcodec.training.curves import columns
 from mvcodec.training.data import calibration_pictures
 from mvcodec.training.rounding import settle
 from mvcodec.training.table_fit import fit_tables
-from mvcodec.weights import export_model, load_model
+from mvcodec.weights import FORMAT, export_model, load_model
 
 ABOUT = ("stage", "distortion", "batch", "crop", "seed")  # what of the run's settings the model file tells
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run wrote; ModelError if it is something else."""
-    try:
-        # torch.save writes a zip file; of anything else torch.load makes errors of many kinds.
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True) if is_zipfile(checkpoint) else None
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ModelError(f"{checkpoint} is not a readable checkpoint: {error}") from error
-    if not isinstance(state, dict) or not {"ema", "step", "model_config", "train_config"} <= state.keys():
-        raise ModelError(f"{checkpoint} is not a checkpoint of mvcodec train")
-    return state
 
 
 def export_checkpoint(
@@ -40,23 +26,25 @@ def export_checkpoint(
     """Write the model file, whole or not at all; returns the model id.
 
     calibration: folder of training pictures, for an entropy path that is quick and tables that fit; bits_of: see
-    `export_model`.
+    `export_model`, by default what a checkpoint of a stage that moves no bit keeps of the model it began with.
     """
     state = read_checkpoint(checkpoint)
     net = ParaHydra(ModelConfig.from_dict(state["model_config"]))
     if "calibration" in state:
         settle(net, state["calibration"], state["ema"])
     else:
-        net.load_state_dict(state["ema"])
-    about = {name: str(state["train_config"][name]) for name in ABOUT}
-    pictures = calibration_pictures(calibration) if calibration else []
-    gaussian = None
-    if pictures and bits_of is None:
-        with TemporaryDirectory() as folder:
-            draft = Path(folder) / target.name
-            export_model(net, draft, pictures=pictures)
-            gaussian = fit_tables(load_model(draft), pictures)
-    return export_model(net, target, {"steps": str(state["step"]), **about}, pictures, bits_of, gaussian)
+        load_weights(net, state["ema"], checkpoint)
+    about = {"steps": str(state["step"]), **{name: str(state["train_config"][name]) for name in ABOUT}}
+    with TemporaryDirectory() as folder:
+        if bits_of is None and "entropy" in state:
+            bits_of = Path(folder) / "kept.safetensors"
+            save_file(state["entropy"], bits_of, {"format": FORMAT, "config": json.dumps(state["model_config"])})
+        if calibration is None or bits_of is not None:
+            return export_model(net, target, about, bits_of=bits_of)
+        pictures = calibration_pictures(calibration)
+        draft = Path(folder) / target.name
+        export_model(net, draft, pictures=pictures)
+        return export_model(net, target, about, pictures, gaussian=fit_tables(load_model(draft), pictures))
 
 
 def describe(checkpoint: Path, target: Path, identity: bytes) -> Path:

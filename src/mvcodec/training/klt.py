@@ -20,6 +20,8 @@ def block_covariance(scenes: list[Scene], blocks_per_view: int = 2000, seed: int
     for scene in scenes:
         for view in scene.views:
             height, width = view.shape[:2]
+            if min(height, width) < side:
+                continue
             rows = rng.integers(0, height - side + 1, blocks_per_view)
             columns = rng.integers(0, width - side + 1, blocks_per_view)
             blocks = np.stack([view[r : r + side, c : c + side] for r, c in zip(rows, columns, strict=True)])

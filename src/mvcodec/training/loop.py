@@ -9,7 +9,6 @@ pixel-aligned refinement alone.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,10 +23,18 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.evaluation.metrics import MS_SSIM_MIN_SIDE
 from mvcodec.parahydra import ModelConfig, ParaHydra, TrainingOutput, config_for
-from mvcodec.training.checkpoint import Ema, save_whole, starting_weights, uninterrupted
+from mvcodec.training.checkpoint import (
+    Ema,
+    bits_of,
+    load_weights,
+    save_whole,
+    starting_weights,
+    to_resume,
+    uninterrupted,
+)
 from mvcodec.training.config import TrainConfig, learning_rate, parallax_weight
-from mvcodec.training.curves import append_rows, draw
-from mvcodec.training.data import centre_crops, load_scenes, refuse_overlap
+from mvcodec.training.curves import append_rows, columns, draw_if_possible
+from mvcodec.training.data import centre_crops, check_validation, load_scenes, refuse_overlap
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
 from mvcodec.training.losses import check_distortion, loss_of
@@ -42,62 +49,62 @@ VALIDATION_QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Trainer:
     """One run in one folder: checkpoint.pt, log.csv, validation.csv, curves.png."""
 
-    def __init__(self, config: TrainConfig, progress: bool = True) -> None:
+    def __init__(self, config: TrainConfig, progress: bool = True, quiet: bool = False) -> None:
         check(config)
+        state = to_resume(config)
         self.device = own_device(config.device)
         self.processes = Processes.join(self.device)
-        self.config, self.progress = config, progress and self.processes.first
+        self.config, self.progress, self.quiet = config, progress and self.processes.first, quiet
         if config.threads:
             torch.set_num_threads(config.threads)
         self.run = Path(config.run_dir)
-        self.run.mkdir(parents=True, exist_ok=True)
         self.scenes = load_scenes(Path(config.data), self.progress)
         validates = bool(config.validation) and self.processes.first
         self.validation = load_scenes(Path(config.validation), self.progress) if validates else []
+        check_validation(self.validation)
         size = config.crop, config.crop_width or config.crop
         sampler = CropSampler(self.scenes, size, config.seed, config.jitter, config.synthetic)
         self.batches = Batches(sampler, config, self.processes.rank, self.processes.world)
+        if not sampler.usable(1):
+            raise UsageError(f"no picture is as large as the crops, {size[1]}x{size[0]}; give a smaller --crop")
         if self.joint and not config.synthesis and self.batches.most_views < 2:
             raise UsageError(f"no scene has two views of at least {size[1]}x{size[0]} to fuse; --synthetic makes some")
+        self.run.mkdir(parents=True, exist_ok=True)
         self.ahead: Iterator[tuple[Tensor, Tensor]] | None = None
         self.step = 0
         self.unwritten: list[dict[str, float]] = []  # rows of the log
         checkpoint = self.run / "checkpoint.pt"
         torch.manual_seed(config.seed)
-        if checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        self.bits: dict[str, dict[str, Tensor]] = {}
+        if state is not None:
             self.model = ParaHydra(ModelConfig.from_dict(state["model_config"]))
+            self.bits = bits_of(state)
         elif config.start_from:
-            state = None
-            model_config, weights = starting_weights(Path(config.start_from))
+            begun = Path(config.start_from)
+            model_config, weights, bits = starting_weights(begun)
             self.model = ParaHydra(model_config)
-            self.model.load_state_dict(weights)
+            load_weights(self.model, weights, begun)
+            if self.joint:
+                self.bits = bits
         else:
-            state = None
             self.model = ParaHydra(config_for(config.profile))
             if self.model.config.transform == "klt":
                 self.model.start_as_klt(block_covariance(self.scenes))
-        self.calibration: dict[str, Tensor] | None = None
-        if config.stage == "quantise":
-            if state is not None and "calibration" not in state:
-                raise UsageError(f"{checkpoint}: is of another stage; begin stage quantise in a folder of its own")
-            self.calibration = state["calibration"] if state else calibration_on(self.model, Path(config.data))
+        quantise = config.stage == "quantise"
+        if quantise and state is None:
+            self.bits = {"calibration": calibration_on(self.model, Path(config.data))}
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        if self.calibration is not None:
-            count_in_integers(self.model, self.calibration)
+        if quantise:
+            count_in_integers(self.model, self.bits["calibration"])
         else:
             self._choose_parameters()
         self.optimizers = optimizers_for(self.model, config.optimizer)
         self.ema = Ema(self.model, config.ema)
         if state is not None:
-            self.model.load_state_dict(state["model"])
+            load_weights(self.model, state["model"], checkpoint)
             # Layers younger than the checkpoint keep their start.
             self.ema.shadow |= {k: v.to(self.device) for k, v in state["ema"].items()}
             for name, optimizer in self.optimizers.items():
-                if name not in state:
-                    raise UsageError(
-                        f"{checkpoint}: was not trained with {name}; resume with the optimizer it began with"
-                    )
                 optimizer.load_state_dict(state[name])
             self.step = state["step"]
         network = self.processes.wrap(self.model, self.device, unused=config.synthesis)  # the fusions, by lone views
@@ -220,7 +227,7 @@ class Trainer:
                 "step": self.step,
                 "model_config": self.model.config.to_dict(),
                 "train_config": asdict(self.config),
-                **({"calibration": self.calibration} if self.calibration else {}),
+                **self.bits,
             },
             self.run / "checkpoint.pt",
         )
@@ -229,15 +236,20 @@ class Trainer:
         """Train to the last step, or until `minutes` are over; checkpoint on the way and at the end."""
         started = saved = time.monotonic()
         bar = tqdm(total=self.config.steps, initial=self.step, disable=not self.progress, unit="step")
+        began = self.step
         try:
+            if (
+                self.step
+                and self._validates()
+                and self.step not in columns(self.run / "validation.csv").get("step", [])
+            ):
+                self._validate(bar)  # an interrupt came before
             while self.step < self.config.steps:
                 last = self.train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{last['loss']:.3f}", bpp=f"{last['bpp']:.3f}", psnr=f"{last['psnr']:.2f}")
-                if self.validation and self.step % self.config.validate_every == 0:
-                    rows = self.validate()
-                    append_rows(self.run / "validation.csv", rows)
-                    bar.write("\n".join(format_validation(row) for row in rows))
+                if self._validates():
+                    self._validate(bar)
                 now = time.monotonic()
                 if now - saved > 60 * self.config.checkpoint_minutes:
                     self._keep()
@@ -245,7 +257,8 @@ class Trainer:
                 if self._over(now - started):
                     break
         finally:
-            self._keep()
+            if self.step > began:
+                self._keep()
             bar.close()
             self.ahead = None
         self.processes.wait()  # the checkpoint is there for all
@@ -255,8 +268,17 @@ class Trainer:
         self.save()
         if self.processes.first:
             append_rows(self.run / "log.csv", self.unwritten)
-            draw(self.run)
+            draw_if_possible(self.run)
         self.unwritten.clear()
+
+    def _validates(self) -> bool:
+        return bool(self.validation) and self.step % self.config.validate_every == 0
+
+    def _validate(self, bar: tqdm) -> None:
+        rows = self.validate()
+        append_rows(self.run / "validation.csv", rows)
+        if not self.quiet:
+            bar.write("\n".join(format_validation(row) for row in rows))
 
     def _over(self, seconds: float) -> bool:
         """Whether the time is over by the clock of process 0; the others follow it, so that none waits for another."""
@@ -282,25 +304,30 @@ def check(config: TrainConfig) -> None:
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
     check_distortion(config.distortion)
-    if config.distortion == "ms-ssim" and config.crop < MS_SSIM_MIN_SIDE:
-        raise UsageError(f"MS-SSIM needs crops of at least {MS_SSIM_MIN_SIDE} pixels a side, not {config.crop}")
+    smallest = min(config.crop, config.crop_width or config.crop)
+    if config.distortion == "ms-ssim" and smallest < MS_SSIM_MIN_SIDE:
+        raise UsageError(f"MS-SSIM needs crops of at least {MS_SSIM_MIN_SIDE} pixels a side, not {smallest}")
     if config.compile and not config.device.startswith("cuda"):
         raise UsageError("torch.compile is for CUDA; on the CPU it gains nothing here")
 
 
-def train(config: TrainConfig, progress: bool = True) -> Path:
-    """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path."""
-    if config.validation:
-        refuse_overlap(Path(config.data), Path(config.validation))
+def train(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Path:
+    """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path.
+
+    progress: with bars; quiet: without validation's lines, too.
+    """
+    for name in (config.data, config.validation):
+        if name and Path(config.run_dir).resolve().is_relative_to(Path(name).resolve()):
+            raise UsageError(
+                f"{config.run_dir}: lies within {name}, whose pictures the curves would join; name another"
+            )
     if config.stage == "refine":
         from mvcodec.training.refinement import refine
 
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UsageError("stage refine runs in one process; start it without torchrun")
-        checkpoint = refine(config, progress)
-        draw(checkpoint.parent)
-        return checkpoint
-    trainer = Trainer(config, progress)
+        return refine(config, progress)
+    if config.validation:
+        refuse_overlap(Path(config.data), Path(config.validation))
+    trainer = Trainer(config, progress, quiet)
     trainer.fit()
     trainer.processes.leave()
     return trainer.run / "checkpoint.pt"

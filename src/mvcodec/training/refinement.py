@@ -10,9 +10,12 @@ The alignment has learned by then, so it is done once; training then sees plain 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,20 +24,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvcodec.errors import UsageError
+from mvcodec.files import atomic
 from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, see
 from mvcodec.nn.alignment import sights
 from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.training import steadying
-from mvcodec.training.checkpoint import Ema, save_whole, starting_weights, uninterrupted
+from mvcodec.training.checkpoint import (
+    Ema,
+    load_weights,
+    save_tensors,
+    save_whole,
+    starting_weights,
+    to_resume,
+    uninterrupted,
+)
 from mvcodec.training.config import TrainConfig, learning_rate
-from mvcodec.training.curves import append_rows
-from mvcodec.training.data import Picture, Scene, load_scenes
+from mvcodec.training.curves import append_rows, draw_if_possible
+from mvcodec.training.data import Picture, Scene, listing, load_scenes
 from mvcodec.training.losses import check_distortion, distortion_of
 
 WINDOW = 512  # side of the part of a scene that is decoded and aligned
@@ -146,7 +158,9 @@ def steadied(
 
     def draw(rng: np.random.Generator) -> Tensor | None:
         windows = overlapping_windows(scenes[int(rng.integers(len(scenes)))], PAIR_WINDOW, rng)
-        return to_tensor([windows[n] for n in rng.permutation(len(windows))[:2]]) if len(windows) > 1 else None
+        if len(windows) < 2 or min(windows[0].shape[:2]) < PAD_MULTIPLE:  # nothing to align
+            return None
+        return to_tensor([windows[n] for n in rng.permutation(len(windows))[:2]])
 
     files = steadying.prepare(draw, folder, lambda views, qualities: decoder(views, qualities)[1], seed, progress)
     steadying.learn(steady, files, seed, progress)
@@ -167,9 +181,7 @@ def cache(
             continue
         file = folder / f"{n}.safetensors"
         if not file.exists():
-            partial = file.with_suffix(".partial")
-            save_file(examples(windows, decoder, rng, steady=steady), partial)
-            partial.replace(file)
+            save_tensors(examples(windows, decoder, rng, steady=steady), file)
         files.append(file)
     if not files:
         raise UsageError(f"no scene has two views of one size, at least {CROP}x{CROP}: nothing to refine")
@@ -187,6 +199,7 @@ def batch_of(data: list[Example], size: int, crop: int, seed: int, step: int) ->
     places = np.array([[n, k] for n, shard in enumerate(data) for k in range(len(shard["quality"]))])
     top, left = (2 * int(rng.integers((CROP - crop) // 2 + 1)) for _ in range(2))
     flips = [dim for dim in (-1, -2) if rng.random() < 0.5]
+    size = min(size, len(places))
     most = int(rng.choice([1, 1, 2, 2, 3, SIDES]))  # few peers are the commonest case, and the cheapest
     picked = rng.permutation(places)[:size]
     most = min(most, max(data[n]["consistency"].shape[1] for n, _ in picked))
@@ -247,20 +260,63 @@ def loss(model: AlignedRefinement, batch: Example, distortion: str = "mse") -> L
     return Losses((ratio + HARM_WEIGHT * harm).mean(), ratio.detach().mean())
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Names and values, in short."""
+    found = hashlib.sha256()
+    for name, value in tensors.items():
+        found.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def fingerprint(net: ParaHydra, data: Path, seed: int) -> str:
+    """Of what is decoded, aligned and drawn: the codec but for what this stage trains, the pictures, the seed."""
+    trained = tuple(f"refinement.{part}." for part in (*PARTS, "steady"))
+    codec = {name: value for name, value in net.state_dict().items() if not name.startswith(trained)}
+    return digest(codec) + hashlib.sha256(repr((listing(data), seed)).encode()).hexdigest()
+
+
+def only_of(folder: Path, fingerprint: str) -> Path:
+    """The folder, without what was prepared in it of anything else."""
+    mark = folder / "of.txt"
+    if not mark.exists() or mark.read_text() != fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic(mark) as file:
+            file.write(fingerprint.encode())
+    return folder
+
+
+def check(config: TrainConfig) -> None:
+    """UsageError for settings that this stage does not know, before anything is loaded."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("stage refine runs in one process; start it without torchrun")
+    check_distortion(config.distortion)
+    unknown = {
+        "--validation": config.validation,
+        "--compile": config.compile,
+        "--optimizer": config.optimizer != "adamw",
+    }
+    for option, given in unknown.items():
+        if given:
+            raise UsageError(f"{option} is nothing that stage refine knows; leave it out")
+    if not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
+        raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
+
+
 def refine(config: TrainConfig, progress: bool = True) -> Path:
     """Run stage `refine` of `config`, resuming if its folder has a checkpoint; returns the checkpoint's path."""
+    check(config)
     run = Path(config.run_dir)
     checkpoint = run / "checkpoint.pt"
-    source = checkpoint if checkpoint.exists() else Path(config.start_from)
-    check_distortion(config.distortion)
-    if not source.is_file():
-        raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
+    state = to_resume(config)
     torch.manual_seed(config.seed)
-    model_config, weights = starting_weights(source)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    source = Path(config.start_from) if state is None else checkpoint
+    model_config, weights, bits = starting_weights(source)
     model_config = replace(model_config, refine="aligned")
     net = ParaHydra(model_config)
     # What the earlier stage does not know of the refinement keeps its zero start.
-    net.load_state_dict({**net.state_dict(), **weights})
+    load_weights(net, {**net.state_dict(), **weights}, source)
     device = torch.device(config.device)
     net.to(device)
     refinement = net.refinement
@@ -272,16 +328,18 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     trained = [parameter for parameter in refinement.parameters() if parameter.requires_grad]
     scenes, decoder = load_scenes(Path(config.data), progress), decode_alone(net)
     steady = None if refinement.steady is None else deepcopy(refinement.steady).cpu()
-    if source != checkpoint:  # what resumes has learned it, or began before there was such a thing
+    of = fingerprint(net, Path(config.data), config.seed)
+    if state is None:  # what resumes has learned it, or began before there was such a thing
         fresh = (SteadyFlow() if steady is None else steady).requires_grad_(True)
-        steady = steadied(fresh, scenes, run / "pairs", decoder, config.seed, progress)
-    data = read_examples(cache(scenes, run / "examples", decoder, steady, config.seed, progress))
+        steady = steadied(fresh, scenes, only_of(run / "pairs", of), decoder, config.seed, progress)
+    if steady is not None:
+        of += digest(steady.state_dict())
+    data = read_examples(cache(scenes, only_of(run / "examples", of), decoder, steady, config.seed, progress))
     refinement.steady = None if steady is None else steady.to(device)
 
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99))
     ema, step = Ema(refinement, config.ema), 0
-    if source == checkpoint:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state is not None:
         refinement.load_state_dict(state["refinement"])
         ema.shadow = {name: state["ema"][f"refinement.{name}"].to(device) for name in ema.shadow}
         optimizer.load_state_dict(state["optimizer"])
@@ -297,10 +355,12 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
                 "step": step,
                 "model_config": model_config.to_dict(),
                 "train_config": asdict(config),
+                **bits,
             },
             checkpoint,
         )
         append_rows(run / "log.csv", rows)
+        draw_if_possible(run)
         rows.clear()
 
     started = saved = time.monotonic()
@@ -330,6 +390,7 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
             if config.minutes and time.monotonic() - started > 60 * config.minutes:
                 break
     finally:
-        save(rows)
+        if rows:
+            save(rows)
         bar.close()
     return checkpoint

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvcodec.nn.alignment import grey_values, sights
 from mvcodec.nn.filters import blur, gradient
 from mvcodec.nn.steady_flow import CELL, SteadyFlow, evidence
+from mvcodec.training.checkpoint import save_tensors
 
 TRIES = 300  # pairs of windows, of which about half overlap; half a second of one core each
 OVERLAP = 0.4  # mean consistency of the uncoded views from which a pair is a lesson
@@ -101,9 +102,7 @@ def prepare(
         views = None if file.exists() else draw(rng)
         found = None if views is None else lesson(views, coder, rng)
         if found is not None:
-            partial = file.with_suffix(".partial")
-            save_file({name: x.contiguous() for name, x in found.items()}, partial)
-            partial.replace(file)
+            save_tensors(found, file)
         if file.exists():
             files.append(file)
     return files
