@@ -147,7 +147,7 @@ def test_demo_overwrites_nothing_but_an_earlier_demo(cli: Cli, scene: Path) -> N
 
 def test_train_resumes_and_its_weights_work(cli: Cli, scene: Path) -> None:
     args = ["train", scene, "--profile", "tiny", "--out", "run", "--batch", 2, "--crop", 64, "--quiet"]
-    assert cli(*args, "--steps", 2).code == 0
+    assert cli(*args, "--steps", 2, "--resume").code == 0  # before the first checkpoint it begins
     outcome = cli(*args, "--steps", 3)
     assert outcome.code == 2
     assert "has a checkpoint; say --resume" in outcome.err
@@ -166,6 +166,8 @@ def test_a_stage_that_moves_no_bit_keeps_the_model_id(cli: Cli, scene: Path, tin
     outcome = cli(*args)
     assert outcome.code == 0, outcome.err
     assert outcome.records[0]["model_id"] == load_model(tiny_model_file).id.hex()
+    assert cli("export", "run/checkpoint.pt", "-o", "again.safetensors", "--calibrate", scene).code == 0
+    assert load_model("again.safetensors").id == load_model(tiny_model_file).id
 
 
 def test_selftest_tells_each_check_and_ends_with_7_where_one_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,14 @@ def test_options_go_before_the_file_and_the_file_before_the_defaults(run):
         ("resume = true", "unknown setting 'resume'"),
         ('steps = "many"', "'many' is not a valid integer"),
         ('stage = "both"', "'both' is not one of"),
+        ("steps = 1.9", "steps cannot be 1.9"),
+        ("steps = true", "steps cannot be True"),
+        ("steps = [1, 2]", "steps cannot be [1, 2]"),
+        ("lr = {a = 1}", "lr cannot be {'a': 1}"),
+        ("lr = 1979-05-27", "lr cannot be datetime.date"),
+        ("steps = 1e400", "steps cannot be inf"),
+        ("lr = 1e400", "inf is not a finite number"),
+        ("start-from = 5", "start-from cannot be 5"),
     ],
 )
 def test_a_mistaken_settings_file_is_told_in_one_sentence(scenes_folder, tmp_path, capfd, text, message):
@@ -60,6 +68,15 @@ def test_a_mistaken_settings_file_is_told_in_one_sentence(scenes_folder, tmp_pat
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--seed -1", f"--seed {2**64}", "--threads 1000000", "--lr nan", "--lr inf", "--parallax nan", "--minutes nan"],
+)
+def test_a_number_that_cannot_be_is_a_usage_error(scenes_folder, tmp_path, capfd, option):
+    assert call("train", scenes_folder, "--out", tmp_path / "run", *option.split()) == 2
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_export_gives_the_model_file_that_training_gave_and_a_card(run, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import redirect_stdout
@@ -14,7 +15,18 @@ from mvcodec.cli.report import Report, on_device, reporting
 from mvcodec.errors import UsageError
 
 FOLDER = click.Path(exists=True, file_okay=False)
+MOST = 1024  # threads, processes: more is a slip of the hand
 NO_SETTINGS = ("config", "resume", "json", "verbose", "quiet", "help")  # of a call, not of a run
+
+
+class Finite(click.FloatRange):
+    """Without nan, which no range excludes, and inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> None:
@@ -23,12 +35,27 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
         return
     from mvcodec.training.config import read_config
 
-    names = {"data": "data"}  # setting -> parameter
+    parameters = {"data": next(p for p in ctx.command.params if p.name == "data")}  # by setting
     for parameter in ctx.command.params:
         for word in parameter.opts:
-            if word.startswith("--") and word[2:] not in NO_SETTINGS and parameter.name:
-                names[word[2:]] = parameter.name
-    ctx.default_map = {names[key]: value for key, value in read_config(name, names).items()}
+            if word.startswith("--") and word[2:] not in NO_SETTINGS:
+                parameters[word[2:]] = parameter
+    values = read_config(name, parameters)
+    for key, value in values.items():
+        if not fits(parameters[key], value):
+            raise UsageError(f"--config {name}: {key} cannot be {value!r}")
+    ctx.default_map = {str(parameters[key].name): value for key, value in values.items()}
+
+
+def fits(parameter: click.Parameter, value: object) -> bool:
+    """Whether a value of a TOML file is of this parameter's kind; click takes 1.9 for 1, and stumbles over lists."""
+    if isinstance(value, str):
+        return True  # as on the command line
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return type(value) is bool
+    if isinstance(parameter.type, click.types.FloatParamType):
+        return type(value) in (int, float)
+    return isinstance(parameter.type, click.types.IntParamType) and type(value) is int
 
 
 @click.command(short_help="Train weights on folders of overlapping pictures.")
@@ -55,18 +82,19 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     "--out",
     "--run-dir",
     "run_dir",
+    type=click.Path(file_okay=False),
     required=True,
     metavar="DIR",
     help="Checkpoint, logs and weights go there.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, if there is one yet.")
 @click.option(
     "--start-from", type=click.Path(exists=True), help="Begin with the weights of a checkpoint or model file."
 )
 @click.option("--validation", type=FOLDER, help="Folder of scenes to validate on during the run.")
 @click.option("--validate-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps.")
 @click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Length of the schedule.")
-@click.option("--minutes", type=click.FloatRange(min=0), default=0.0, help="Stop, resumable, after so long.")
+@click.option("--minutes", type=Finite(min=0), default=0.0, help="Stop, resumable, after so long.")
 @click.option(
     "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Views per step, over all processes."
 )
@@ -75,21 +103,21 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
 @click.option("--max-views", type=click.IntRange(min=2), default=6, show_default=True, help="Of stage joint.")
 @click.option(
     "--jitter",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.0,
     show_default=True,
     help="Share of the views that get colours and exposure of another camera.",
 )
 @click.option(
     "--synthetic",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.0,
     show_default=True,
     help="Of stage joint: share of the sets whose views are made from one picture, with parallax and occlusion.",
 )
 @click.option(
     "--parallax",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.0,
     show_default=True,
     help="Of stage joint: how much it counts at first where attention looks; from half of the steps on, nothing.",
@@ -109,10 +137,10 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     show_default=True,
     help="muon: on hidden convolutions, AdamW on the rest; stage refine knows adamw alone.",
 )
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0: all.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that cut crops ahead; 0: none.")
+@click.option("--lr", "learning_rate", type=Finite(0, min_open=True), default=5e-4, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(0, MOST), default=0, help="CPU threads; 0: all.")
+@click.option("--workers", type=click.IntRange(0, MOST), default=0, help="Processes that cut crops ahead; 0: none.")
 @click.option("--compile", is_flag=True, help="Run through torch.compile (CUDA only).")
 @on_device
 @reporting
@@ -133,11 +161,14 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     for name in ("crop", "crop_width"):
         if settings[name] % 64:
             raise UsageError(f"--{name.replace('_', '-')} {settings[name]}: must be a multiple of 64")
-    if (run / "checkpoint.pt").exists() != resume:
-        state = "has no checkpoint to resume from" if resume else "has a checkpoint; say --resume or name another"
-        raise UsageError(f"--out {run}: {state}")
+    if (run / "checkpoint.pt").exists() and not resume:
+        raise UsageError(f"--out {run}: has a checkpoint; say --resume or name another")
+
+    if resume and not (run / "checkpoint.pt").exists():
+        report.note(f"{run}: no checkpoint yet; begins")
 
     from mvcodec import api
+    from mvcodec.training.checkpoint import read_checkpoint
     from mvcodec.training.config import TrainConfig
     from mvcodec.training.export import export_checkpoint
     from mvcodec.training.loop import train as train_
@@ -146,13 +177,10 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     config = TrainConfig(**given, device=str(api.resolve_device(device)))
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes: the one that speaks
     with redirect_stdout(sys.stderr):  # stdout is for the result alone
-        checkpoint = train_(config, progress=first and not report.quiet and sys.stderr.isatty())
+        checkpoint = train_(config, first and not report.quiet and sys.stderr.isatty(), report.quiet)
     if not first:
         return
-    weights = run / f"{config.profile}.safetensors"
-    # These stages move no bit: what the model they began with has written stays readable.
-    begun = Path(config.start_from)
-    bits_of = begun if config.stage in ("joint", "refine") and begun.suffix == ".safetensors" else None
-    identity = export_checkpoint(checkpoint, weights, Path(config.data), bits_of).hex()
+    weights = run / f"{read_checkpoint(checkpoint)['model_config']['profile']}.safetensors"
+    identity = export_checkpoint(checkpoint, weights, Path(config.data)).hex()
     record = {"checkpoint": str(checkpoint), "weights": str(weights), "model_id": identity}
     report.result(record, f"{weights}: model {identity}, for --model; {checkpoint} to train on")
