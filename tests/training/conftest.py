@@ -41,10 +41,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], objec
         update(ema, model, step)
 
     def call(run: Callable[[], object]) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Ema, "update", interrupting)
-            with pytest.raises(KeyboardInterrupt):
-                run()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Ema, "update", interrupting)
+                with pytest.raises(KeyboardInterrupt):
+                    run()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, ours)
 
     return call
