@@ -52,6 +52,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
 
 
 def test_an_interrupt_waits_for_the_end_of_a_step(config, tmp_path, interrupted):
+    config = replace(config, steps=3, batch=1)
     whole = train(config, progress=False)
     parted = replace(config, run_dir=str(tmp_path / "parted"))
     interrupted(lambda: train(parted, progress=False))
