@@ -58,7 +58,8 @@ def test_an_interrupt_waits_for_the_end_of_a_step(config, tmp_path, interrupted)
     interrupted(lambda: train(parted, progress=False))
     assert torch.load(Path(parted.run_dir) / "checkpoint.pt", weights_only=True)["step"] == 2
     resumed = train(parted, progress=False)
-    assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(whole).items())
+    after = weights(resumed)
+    assert all(torch.equal(after[name], value) for name, value in weights(whole).items())
     assert (resumed.parent / "log.csv").read_text() == (whole.parent / "log.csv").read_text()
 
 
