@@ -112,7 +112,6 @@ def test_exit_1_system(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: OSError
         (["encode", "scene", "-"], "stdin cannot be mixed"),
         (["encode", "scene", "--names", "{what}"], "at most once"),
         (["encode", "scene", "-o", "-", "--json"], "both go to stdout"),
-        (["train", "scene", "--out", "x", "--resume"], "no checkpoint to resume"),
         (["train", "scene", "--out", "x", "--crop", "100"], "multiple of 64"),
         (["train", "scene", "--out", "x", "--device", "gpu"], "use auto, cpu, cuda"),
         (["decode", "scene"], "holds no .phv files"),
