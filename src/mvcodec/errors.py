@@ -22,9 +22,20 @@ class UsageError(MvcodecError):
 
 
 class PictureError(MvcodecError):
-    """An input picture cannot be read or is of a kind that mvcodec does not code."""
+    """An input picture cannot be read or is of a kind that mvcodec does not code.
+
+    option: of `mvcodec encode` and `mvcodec.encode`, what would take it nevertheless.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, option: str = "") -> None:
+        super().__init__(f"{message}; {option}" if option else message)
+        self.message = message
+        self.option = option
+
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str]]:
+        return type(self), (self.message, self.option)  # worker processes send errors by pickle
 
 
 class BitstreamError(MvcodecError):
@@ -41,7 +52,7 @@ class BitstreamError(MvcodecError):
         self.offset = offset
 
     def __reduce__(self) -> tuple[type[BitstreamError], tuple[str, int | None]]:
-        return type(self), (self.message, self.offset)  # worker processes send errors by pickle
+        return type(self), (self.message, self.offset)  # as above
 
 
 class ModelError(MvcodecError):

@@ -121,6 +121,16 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
         return Image(_turn(pixels, orientation), icc, exif)
 
 
+def read_named(path: Path, *, alpha: Alpha = "refuse") -> Image:
+    """`read` for commands of many pictures: a PictureError that names the file, and no option of other commands."""
+    try:
+        return read(path, alpha=alpha)
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read as a picture: {error.strerror}") from error
+    except PictureError as error:
+        raise PictureError(f"{path}: {error.message}") from error
+
+
 def write(target: str | os.PathLike[str], image: Image, *, quality: int | None = None) -> None:
     """Write a picture whole or not at all; the ending of `target` chooses the format."""
     path = Path(target)
@@ -190,7 +200,8 @@ def _open(data: bytes, max_pixels: int) -> ImageFile:
         raise PictureError("is not a picture of a known format") from error
     width, height = picture.size
     if width * height > max_pixels:
-        raise PictureError(f"has {width} x {height} pixels, over the cap of {max_pixels}; raise it with --max-pixels")
+        size = f"{width} x {height} pixels"
+        raise PictureError(f"has {size}, over the cap of {max_pixels}", "raise it with --max-pixels")
     return picture
 
 
@@ -227,7 +238,7 @@ def _flatten(picture: ImageFile, layout: str, alpha: Alpha) -> Pixels:
     from PIL import Image as pil
 
     if alpha == "refuse":
-        raise PictureError("has an alpha channel, which is not coded; say --alpha drop, white or black")
+        raise PictureError("has an alpha channel, which is not coded", "say --alpha drop, white or black")
     if "16" in layout:
         raise PictureError("is 16-bit with an alpha channel; flatten it first")
     grey = picture.mode in ("1", "L", "LA")

@@ -73,7 +73,6 @@ def bench(
     """
     from mvcodec import api, codec, images
     from mvcodec.evaluation import speed
-    from mvcodec.evaluation.originals import read_original
 
     paths = [s.path for s in sources(inputs or [str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
     if untrained is not None and model is not None:
@@ -84,7 +83,7 @@ def bench(
         folder = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
         loaded = speed.untrained(untrained, Path(folder), api.resolve_device(device))
     warmup = (1 if loaded.device.type == "cpu" else 2) if warmup is None else warmup
-    given = [read_original(path) for path in paths]
+    given = [images.read_named(path) for path in paths]
     if size is not None:
         given = [speed.of_size(view, *size) for view in given]
     given = [given[k % len(given)] for k in range(views or len(given))]

@@ -58,7 +58,6 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
     from mvcodec import api, images
     from mvcodec.cli.comparison import compare
     from mvcodec.evaluation.metrics import ms_ssim, psnr
-    from mvcodec.evaluation.originals import read_original
 
     place, folder = Path(scene) if scene else shipped("examples/nineveh"), Path(output)
     scenes = find_scenes(place, results=folder)
@@ -69,7 +68,7 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
     def encode(path: Path) -> View:
         """One camera alone: no other view is opened."""
         camera, frame, _ = name_of(path.relative_to(place))
-        original = read_original(path)
+        original = images.read_named(path)
         started = time.perf_counter()
         data = api.encode(original, quality=quality, camera_id=camera, frame=frame, model=weights)
         seconds = time.perf_counter() - started

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mvcodec.errors import PictureError, UsageError
 from mvcodec.evaluation import metrics
-from mvcodec.evaluation.originals import read_original
 from mvcodec.frames import find_scenes, name_of
+from mvcodec.images import read_named
 
 MEAN = "mean"  # the "scene" of a mean over scenes
 
@@ -135,7 +135,7 @@ def read_scenes(
     for name in names or found:
         views = []
         for path in found[name][:limit_views]:
-            pixels = read_original(path).pixels
+            pixels = read_named(path).pixels
             if pixels.dtype != np.uint8 or pixels.ndim != 3:
                 raise PictureError(f"{path}: evaluation compares 8-bit RGB pictures, which all peers code")
             camera = name_of(path.relative_to(folder)).camera_id

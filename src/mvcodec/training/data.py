@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mvcodec.errors import PictureError, UsageError
+from mvcodec.errors import UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import find_scenes
-from mvcodec.images import read
+from mvcodec.images import read_named
 from mvcodec.parahydra import PAD_MULTIPLE
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
@@ -74,13 +74,7 @@ def read_rgb(file: Path) -> Picture:
 
     Raises PictureError for what `mvcodec encode` refuses, too.
     """
-    try:
-        pixels = read(file, alpha="drop").pixels
-    except OSError as error:
-        raise PictureError(f"{file}: cannot be read as a picture: {error.strerror}") from error
-    except PictureError as error:
-        reason = str(error).removesuffix("; raise it with --max-pixels")  # an option of other commands
-        raise PictureError(f"{file}: {reason}") from error
+    pixels = read_named(file, alpha="drop").pixels
     seen = (pixels if pixels.dtype == np.uint8 else pixels >> 8).astype(np.uint8, copy=False)
     return seen if seen.ndim == 3 else np.repeat(seen[..., None], 3, axis=2)
 
