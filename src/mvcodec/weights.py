@@ -104,15 +104,15 @@ def export_model(
     path: Path,
     about: Mapping[str, str] | None = None,
     pictures: Sequence[Tensor] = (),
-    bits_of: Path | None = None,
+    entropy: Mapping[str, Tensor] | None = None,
     gaussian: Tables | None = None,
 ) -> bytes:
     """Write `net` as a model file, whole or not at all; returns the model id.
 
     An entropy path without integers gets them here: calibrated on `pictures` (each [K, 3, H, W], sides multiples of
-    64), or with 16-bit inputs throughout if there are none, which is slower. bits_of: a model file whose entropy path
-    is taken as it is, and with it the id, so that whatever it has written can be read. gaussian: tables of y, if not
-    those of a Gaussian.
+    64), or with 16-bit inputs throughout if there are none, which is slower. entropy: that of another file
+    (`read_entropy_path`), taken as it is and with it the id, so that whatever it has written can be read. gaussian:
+    tables of y, if not those of a Gaussian.
     """
     metadata = {"format": FORMAT, "config": json.dumps(net.config.to_dict()), **(about or {})}
     tensors = {}
@@ -121,14 +121,14 @@ def export_model(
             tensors[name] = value.detach().cpu().half().contiguous()
             if not torch.isfinite(tensors[name]).all():
                 raise ModelError(f"{name} does not fit fp16 or is not finite; the model cannot be exported")
-    tensors |= _entropy_path(net, pictures, gaussian) if bits_of is None else _taken_from(bits_of, net.config)
+    tensors |= _new_entropy_path(net, pictures, gaussian) if entropy is None else entropy
     with atomic(path) as file:
         file.write(to_safetensors(tensors, metadata=metadata))
     return entropy_id(tensors, net.config)
 
 
-def _taken_from(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The entropy path of another file."""
+def read_entropy_path(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """That of a model file, for a network of `config`; ModelError if it is of another shape."""
     tensors, other, _ = read_model_file(path)
     if other.entropy_switches() != config.entropy_switches():
         raise ModelError(f"{path}: its entropy model is not of the shape of this one")
@@ -152,7 +152,7 @@ def calibrate(net: ParaHydra, pictures: Sequence[Tensor]) -> None:
     quantise(exact_parts(net), replay if pictures else None, wide=lambda name: name.startswith(FIRST_SLICE))
 
 
-def _entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables | None) -> dict[str, Tensor]:
+def _new_entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tables | None) -> dict[str, Tensor]:
     """Integers of h_s and Para-EM, and all tables."""
     parts = exact_parts(net)
     if any(layer.integers is None for layer in exact_layers(parts).values()):

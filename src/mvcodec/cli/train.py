@@ -161,10 +161,10 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     for name in ("crop", "crop_width"):
         if settings[name] % 64:
             raise UsageError(f"--{name.replace('_', '-')} {settings[name]}: must be a multiple of 64")
-    if (run / "checkpoint.pt").exists() and not resume:
+    begun = (run / "checkpoint.pt").exists()
+    if begun and not resume:
         raise UsageError(f"--out {run}: has a checkpoint; say --resume or name another")
-
-    if resume and not (run / "checkpoint.pt").exists():
+    if resume and not begun:
         report.note(f"{run}: no checkpoint yet; begins")
 
     from mvcodec import api

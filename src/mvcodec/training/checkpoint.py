@@ -19,7 +19,7 @@ from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig
 from mvcodec.training.config import TrainConfig
-from mvcodec.weights import ENTROPY_PARTS, load_model, read_model_file
+from mvcodec.weights import load_model, read_entropy_path
 
 
 @contextmanager
@@ -126,9 +126,7 @@ def starting_weights(path: Path) -> Start:
     """Of a run's checkpoint (its averages) or a released model file; ModelError if it is neither."""
     if path.suffix == ".safetensors":
         net = load_model(path).net
-        tensors, _, _ = read_model_file(path)
-        entropy = {name: value for name, value in tensors.items() if name.startswith(ENTROPY_PARTS)}
-        return Start(net.config, net.state_dict(), {"entropy": entropy})
+        return Start(net.config, net.state_dict(), {"entropy": read_entropy_path(path, net.config)})
     state = read_checkpoint(path)
     return Start(ModelConfig.from_dict(state["model_config"]), state["ema"], bits_of(state))
 

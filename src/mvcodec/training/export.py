@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from safetensors.torch import save_file
 
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig, ParaHydra
@@ -15,7 +12,7 @@ from mvcodec.training.curves import columns
 from mvcodec.training.data import calibration_pictures
 from mvcodec.training.rounding import settle
 from mvcodec.training.table_fit import fit_tables
-from mvcodec.weights import FORMAT, export_model, load_model
+from mvcodec.weights import export_model, load_model, read_entropy_path
 
 ABOUT = ("stage", "distortion", "batch", "crop", "seed")  # what of the run's settings the model file tells
 
@@ -25,8 +22,9 @@ def export_checkpoint(
 ) -> bytes:
     """Write the model file, whole or not at all; returns the model id.
 
-    calibration: folder of training pictures, for an entropy path that is quick and tables that fit; bits_of: see
-    `export_model`, by default what a checkpoint of a stage that moves no bit keeps of the model it began with.
+    calibration: folder of training pictures, for an entropy path that is quick and tables that fit; bits_of: a
+    model file whose entropy path is taken instead, and with it its id; by default what a checkpoint of a stage that
+    moves no bit keeps of the model it began with.
     """
     state = read_checkpoint(checkpoint)
     net = ParaHydra(ModelConfig.from_dict(state["model_config"]))
@@ -35,13 +33,11 @@ def export_checkpoint(
     else:
         load_weights(net, state["ema"], checkpoint)
     about = {"steps": str(state["step"]), **{name: str(state["train_config"][name]) for name in ABOUT}}
+    kept = state.get("entropy") if bits_of is None else read_entropy_path(bits_of, net.config)
+    if calibration is None or kept is not None:
+        return export_model(net, target, about, entropy=kept)
+    pictures = calibration_pictures(calibration)
     with TemporaryDirectory() as folder:
-        if bits_of is None and "entropy" in state:
-            bits_of = Path(folder) / "kept.safetensors"
-            save_file(state["entropy"], bits_of, {"format": FORMAT, "config": json.dumps(state["model_config"])})
-        if calibration is None or bits_of is not None:
-            return export_model(net, target, about, bits_of=bits_of)
-        pictures = calibration_pictures(calibration)
         draft = Path(folder) / target.name
         export_model(net, draft, pictures=pictures)
         return export_model(net, target, about, pictures, gaussian=fit_tables(load_model(draft), pictures))
