@@ -162,3 +162,18 @@ def test_scenes_are_of_files_linked_ones_included_and_not_of_results(tmp_path: P
     assert find_scenes(data, tmp_path).keys() == {"a", "b", "report"}  # a folder around the data hides nothing
     with pytest.raises(UsageError, match="is the folder of the pictures"):
         find_scenes(data, data / "a/..")
+
+
+def test_a_file_has_one_place_in_whatever_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output mirrors what is found: a `..` in an input would lead out of it."""
+    (tmp_path / "work/C2").mkdir(parents=True)
+    (tmp_path / "C1").mkdir()
+    for name in ("C1/0.png", "work/C2/0.png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / "work")
+    assert [s.relative.as_posix() for s in find(["../C1", "C2"], PICTURE_SUFFIXES)] == ["C1/0.png", "work/C2/0.png"]
+    assert [s.relative.as_posix() for s in find(["C2/0.png", "../work/C2/0.png"], PICTURE_SUFFIXES)] == ["0.png"]
+    for inputs in (["C2", "C2/0.png"], ["../work/C2/0.png", "C2"]):
+        assert [(s.relative.as_posix(), s.place) for s in find(inputs, PICTURE_SUFFIXES)] == [("C2/0.png", "C2")]
+    monkeypatch.chdir(tmp_path / "C1")
+    assert name_of(Path("0.png")) == ViewName("C1", 0)

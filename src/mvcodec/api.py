@@ -53,7 +53,7 @@ def encode(
         back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
     """
     if isinstance(picture, str | os.PathLike):
-        name = name_of(Path(picture).absolute())
+        name = name_of(Path(picture))
         camera_id = name.camera_id if camera_id is None else camera_id
         frame = name.frame if frame is None else frame
         picture = images.read(picture, alpha=alpha, max_pixels=max_pixels)

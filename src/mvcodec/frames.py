@@ -81,8 +81,11 @@ class Source:
 
 
 def name_of(path: Path, pattern: str = AUTO) -> ViewName:
-    """Camera and time from a path; with a `pattern`, UsageError where the path does not fit it."""
-    stem = path.with_suffix("").as_posix()
+    """Camera and time from a path; with a `pattern`, UsageError where the path does not fit it.
+
+    Its folder counts where it is not spelled out, too: 0007.png named inside C1 is a picture of C1.
+    """
+    stem = absolute(path).with_suffix("").as_posix()
     if pattern == AUTO:
         match = next((m for p in _AUTO_PATTERNS if (m := p.fullmatch(stem))), None)
         if match is None:
@@ -117,7 +120,7 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
     """The files named, and those with one of `suffixes` in the folders named, sorted within each folder.
 
     A file named outright is taken whatever its ending. UsageError where an input does not exist or a folder
-    holds nothing; the same file named twice is taken once.
+    holds nothing; the same file named twice, in whatever spelling, is taken once, as one of its folder.
     """
     wanted = frozenset(suffixes)
     paths = [Path(given) for given in inputs]
@@ -125,7 +128,7 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
     alone = len(paths) == 1 and paths[0].is_dir()
-    root = Path(os.path.commonpath(p.absolute() if alone else p.absolute().parent for p in paths))
+    root = Path(os.path.commonpath(absolute(p) if alone else absolute(p).parent for p in paths))
     found: dict[Path, Source] = {}
     for path in paths:
         if path.is_dir():
@@ -133,10 +136,15 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
             if not inside:
                 raise UsageError(f"{path}: holds no {'.phv files' if STREAM_SUFFIX in wanted else 'pictures'}")
             for file in inside:
-                found[file] = Source(file, file.absolute().relative_to(root), str(file.parent))
+                found[absolute(file)] = Source(file, absolute(file).relative_to(root), str(file.parent))
         else:
-            found[path] = Source(path, path.absolute().relative_to(root))
+            found.setdefault(absolute(path), Source(path, absolute(path).relative_to(root)))
     return list(found.values())
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root on, without `..`: it begins with the folder it lies in, and is the file's one name."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  # Path.absolute keeps `..`
 
 
 def instants(views: Iterable[T], when: Callable[[T], Instant], window_us: int = 0) -> list[tuple[Instant, list[T]]]:

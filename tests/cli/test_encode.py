@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_two_pictures_never_share_an_output(cli: Cli, scene: Path) -> None:
         "a/C1/00000000.phv",
         "a/C2/00000000.phv",
     ]
+
+
+def test_output_stays_in_its_folder_in_whatever_spelling_inputs_come(cli: Cli, scene: Path, workplace: Path) -> None:
+    os.chdir(scene / "C2")
+    assert cli("encode", "../C1", "../C2/00000000.png", "00000000.png", "-o", workplace / "out").code == 0
+    written = sorted(path.relative_to(workplace).as_posix() for path in workplace.rglob("*.phv"))
+    assert written == ["out/C1/00000000.phv", "out/C1/00000001.phv", "out/C2/00000000.phv"]
+    shutil.copy("00000000.png", "00000000.bmp")
+    assert "both" in cli("encode", "00000000.png", "../C2/00000000.bmp").err
 
 
 def test_pipes(cli: Cli, scene: Path) -> None:

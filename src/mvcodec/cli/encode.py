@@ -173,7 +173,7 @@ def encode(
 
 def _view(source: Source, names: str, camera_id: str | None, frame: int | None, timestamp_us: int | None) -> ViewName:
     """Which camera and when: what the options say, else what the name says."""
-    name = ViewName("") if source.path == STDIN else name_of(source.path.absolute(), names)
+    name = ViewName("") if source.path == STDIN else name_of(source.path, names)
     return ViewName(
         name.camera_id if camera_id is None else camera_id,
         name.frame if frame is None else frame,

@@ -12,7 +12,7 @@ import click
 from mvcodec import container
 from mvcodec.errors import UsageError
 from mvcodec.files import atomic
-from mvcodec.frames import Source, find
+from mvcodec.frames import Source, absolute, find
 
 STDIN = Path("-")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,10 +87,11 @@ class Targets:
         paths = [self._path(source, suffix) for source, suffix in wanted]
         seen: dict[Path, Source] = {}
         for path, (source, _) in zip(paths, wanted, strict=True):
-            if path in seen:
-                raise UsageError(f"{path}: both {seen[path].path} and {source.path} would be written there")
-            seen[path] = source
-            if path.absolute() == source.path.absolute():
+            place = absolute(path)
+            if place in seen:
+                raise UsageError(f"{path}: both {seen[place].path} and {source.path} would be written there")
+            seen[place] = source
+            if place == absolute(source.path):
                 raise UsageError(f"{path}: is both input and output")
             if path.exists() and not (self.force or self.skip_existing):
                 raise UsageError(f"{path}: exists; overwrite with -f or leave it with --skip-existing")
