@@ -75,7 +75,7 @@ def test_views_without_any_time_are_still_scenes_by_place() -> None:
 
 def test_an_instant_has_a_name_for_messages() -> None:
     instants_named = [Instant(), Instant(place="door"), Instant(3, 5, "door"), Instant(None, 5)]
-    assert list(map(str, instants_named)) == ["the scene", "scene door", "frame 3", "time 5 us"]
+    assert list(map(str, instants_named)) == ["the scene", "scene door", "frame 3 in door", "time 5 us"]
 
 
 _KEY = st.builds(Instant, st.none() | st.integers(0, 3), st.none() | st.integers(0, 50), st.sampled_from(["a", "b"]))

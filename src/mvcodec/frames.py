@@ -60,11 +60,16 @@ class Instant(NamedTuple):
     timestamp_us: int | None = None
     place: str = ""
 
+    @property
+    def is_timed(self) -> bool:
+        return self.frame is not None or self.timestamp_us is not None
+
     def __str__(self) -> str:
+        where = f" in {self.place}" if self.place else ""
         if self.frame is not None:
-            return f"frame {self.frame}"
+            return f"frame {self.frame}{where}"
         if self.timestamp_us is not None:
-            return f"time {self.timestamp_us} us"
+            return f"time {self.timestamp_us} us{where}"
         return f"scene {self.place}" if self.place else "the scene"
 
 
@@ -202,8 +207,12 @@ def scene_of(path: Path) -> str:
     camera, frame, _ = name_of(path)
     if frame is None:
         return str(path.parent)
-    place = path.parent.parent if path.parent.name == camera else path.parent
-    return str(place / str(frame))
+    return str(place_of(path, camera) / str(frame))
+
+
+def place_of(path: Path, camera: str) -> Path:
+    """Where the cameras of a view's rig are: above its folder if that is the camera's own, else in it."""
+    return path.parent.parent if path.parent.name == camera else path.parent
 
 
 def _below(path: Path, folder: Path) -> bool:

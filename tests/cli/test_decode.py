@@ -105,15 +105,57 @@ def test_a_truncated_file_gives_what_arrived_when_partial_is_asked(cli: Cli, cod
     assert pixels("part.png").shape == (50, 70, 3)
 
 
-def test_one_camera_twice_in_an_instant_is_refused(cli: Cli, coded: Path) -> None:
-    copy = Path("copy.phv")
-    copy.write_bytes((coded / "C1/00000000.phv").read_bytes())
-    outcome = cli("decode", copy, coded / "C1/00000000.phv", "-o", "out")
-    assert outcome.code == 2
-    assert "camera C1 is there twice" in outcome.err
-    outcome = cli("decode", copy, coded / "C1/00000000.phv", "-o", "out", "--json")
-    assert [record["file"] for record in outcome.records] == ["copy.phv", str(coded / "C1/00000000.phv")]
-    assert {record["exit_code"] for record in outcome.records} == {2}
+def test_the_same_file_twice_is_one_view(cli: Cli, coded: Path) -> None:
+    shutil.copy(coded / "C1/00000000.phv", "copy.phv")
+    files = [coded / "C1/00000000.phv", coded / "C2/00000000.phv", "copy.phv"]
+    outcome = cli("decode", *files, "-o", "out")
+    assert outcome.code == 0
+    assert f"{files[0]}, copy.phv: are the same file; it is decoded once" in outcome.err
+    np.testing.assert_array_equal(pixels("out/copy.png"), pixels("out/coded/C1/00000000.png"))
+    peers = {r["file"]: r["peers"] for r in cli("decode", *files, "-o", "out", "-f", "--json").records}
+    assert peers == {str(files[0]): ["C2"], str(files[1]): ["C1"], "copy.phv": ["C2"]}
+    assert "2 of the 3 views required" in cli("decode", *files, "-o", "out", "-f", "--require", 3).err
+    data = bytearray(Path("copy.phv").read_bytes())
+    data[-20] ^= 1
+    files[0].write_bytes(data)
+    files[2] = shutil.copy(files[0], "copy.phv")
+    outcome = cli("decode", *files, "-o", "out", "-f", "--json")
+    assert {r["file"]: r.get("exit_code", 0) for r in outcome.records} == {
+        str(f): c for f, c in zip(files, (4, 0, 4), strict=True)
+    }
+
+
+def test_a_camera_that_is_there_twice_is_one_of_two_rigs(cli: Cli, scene: Path) -> None:
+    shutil.copytree(scene, "data/north")
+    shutil.copytree(scene, "data/south")
+    assert cli("encode", "data/south", "-o", "sites/south", "-q", 30).code == 0
+    assert cli("encode", "data/north", "-o", "sites/north", "-q", 60).code == 0
+    Path("sites/north/C2/00000001.phv").unlink()
+    shutil.copy(scene / "C1/00000000.png", "still.png")
+    assert cli("encode", "still.png", "-o", "sites/still.phv").code == 0
+    outcome = cli("decode", "sites", "-o", "together", "--json")
+    assert outcome.code == 0
+    assert outcome.err.splitlines() == ["frame 1 in north: without C2"]
+    peers = {Path(r["output"]).relative_to("together").as_posix(): r["peers"] for r in outcome.records}
+    assert len(peers) == 8
+    assert peers["north/C1/00000000.png"] == ["C2"]
+    assert peers["north/C1/00000001.png"] == []
+    assert cli("decode", "sites/south", "-o", "apart").code == 0
+    for name in ("C1/00000000.png", "C2/00000001.png"):
+        np.testing.assert_array_equal(pixels(Path("together/south", name)), pixels(Path("apart", name)))
+
+
+def test_a_camera_that_is_there_twice_in_one_rig_is_decoded_alone(cli: Cli, coded: Path, scene: Path) -> None:
+    other = coded / "C1/other.phv"
+    assert cli("encode", scene / "C1/00000001.png", "--frame", 0, "-o", other).code == 0
+    outcome = cli("decode", coded, "-o", "out", "--json")
+    assert outcome.code == 0
+    names = coded / "C1/00000000.phv", other
+    assert outcome.err == f"camera C1 is there 2 times, {names[0]}, {names[1]}: each is decoded alone\n"
+    peers = {Path(r["output"]).as_posix(): r["peers"] for r in outcome.records}
+    assert peers["out/C1/00000000.png"] == peers["out/C1/other.png"] == peers["out/C2/00000000.png"] == []
+    assert peers["out/C2/00000001.png"] == ["C1"]
+    assert cli("decode", coded, "-o", "preview", "--preview", "--json").err == ""
 
 
 def test_still_scenes_in_one_tree_stay_apart(cli: Cli) -> None:

@@ -49,6 +49,19 @@ def test_camera_and_time_can_be_given(cli: Cli, scene: Path) -> None:
     assert (header("b.phv").camera_id, header("b.phv").timestamp_us) == ("C1", 0)
 
 
+def test_one_camera_id_is_not_given_to_pictures_that_nothing_tells_apart(cli: Cli, scene: Path) -> None:
+    outcome = cli("encode", scene, "--camera-id", "left")
+    assert outcome.code == 2
+    assert "C1/00000000.png and " in outcome.err
+    assert "C2/00000000.png would both be its view of frame 0; let --names read" in outcome.err
+    stills = [shutil.copy(scene / "C1/00000000.png", name) for name in ("0000.png", "0001.png")]
+    outcome = cli("encode", *stills, "--camera-id", "left")
+    assert outcome.code == 2
+    assert "would both be its view of the scene" in outcome.err
+    assert cli("encode", *stills, "--camera-id", "left", "--names", "{frame}").code == 0
+    assert (header("0001.phv").camera_id, header("0001.phv").frame) == ("left", 1)
+
+
 def test_nothing_is_overwritten_unless_asked(cli: Cli, scene: Path) -> None:
     out = Path("coded/C1/00000000.phv")
     out.parent.mkdir(parents=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mvcodec import container
 from mvcodec.cli.report import Report, reporting, running, within_memory, within_pixels
 from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
 from mvcodec.errors import MvcodecError, PictureError, UsageError
-from mvcodec.frames import STREAM_SUFFIX, Instant, Source, instants, safe_path
+from mvcodec.frames import STREAM_SUFFIX, Instant, Source, instants, place_of, safe_path
 
 if TYPE_CHECKING:
     from mvcodec.cli.maps import Maps
@@ -27,12 +28,13 @@ FORMATS = ("png", "tif", "ppm", "bmp", "jpg", "webp")
 
 @dataclass(frozen=True)
 class Received:
-    """One .phv as it came: `name` for messages, `source` for where its picture goes."""
+    """One .phv as it came: `name` for messages, `source` for where its picture goes, `rig` for where its peers are."""
 
     name: str
     source: Source
     data: bytes
     header: container.Header
+    rig: str
 
     @property
     def instant(self) -> Instant:
@@ -118,7 +120,8 @@ def decode(
     """Reconstruct pictures from any number of .phv files.
 
     Views of one instant (same frame number, else same time, else one folder) are decoded together and improve
-    each other. What is missing is told and the rest decoded. Concatenated files may come through stdin:
+    each other. A camera that is there twice is one of several rigs, told apart by their folders, or is decoded alone.
+    What is missing is told and the rest decoded. Concatenated files may come through stdin:
 
         cat *.phv | mvcodec decode - -o out/
     """
@@ -155,8 +158,7 @@ def decode(
         "max_pixels": max_pixels,
     }
 
-    groups = instants(views, lambda view: view.instant, window_us)
-    everyone = {view.header.camera_id for view in views}
+    sets = list(_sets(instants(views, lambda view: view.instant, window_us), views))
     finishing: list[Finishing] = []  # of the instant before, while the next one is decoded
 
     def deliver() -> None:
@@ -167,7 +169,7 @@ def decode(
 
     with ThreadPoolExecutor(max_workers=2) as threads, ExitStack() as at_the_end:
         at_the_end.callback(deliver)
-        for instant, members in report.progress(groups, "decode"):
+        for instant, members, everyone in report.progress(sets, "decode"):
             todo = []
             for view in members:
                 if id(view) in places and targets.skips(places[id(view)]):
@@ -178,7 +180,7 @@ def decode(
                 continue
             name = todo[0].name if len(members) == 1 else str(instant)
             absent = everyone - {view.header.camera_id for view in members}
-            if absent and instant != Instant(place=instant.place):
+            if absent and instant.is_timed:
                 report.note(f"{instant}: without {', '.join(sorted(absent))}")
             decoded: dict[int, DecodedView] = {}
             with report.file(name, *(view.name for view in todo)):
@@ -205,14 +207,41 @@ def receive(report: Report, source: Source, max_pixels: int) -> list[Received]:
             parts.append((part, header))
     received = []
     for number, (part, header) in enumerate(parts):
+        rig = str(place_of(source.relative, header.camera_id))
         if len(parts) == 1 and source.path != STDIN:
-            received.append(Received(name, source, part, header))
+            received.append(Received(name, source, part, header, rig))
         else:
             path = safe_path(header.camera_id, header.frame, header.timestamp_us)
             # The ending is there to be replaced, as that of a file would be: a camera id may contain a dot.
             inside = Source(source.path.parent / f"{path}.phv", Path(f"{path}.phv"), source.place)
-            received.append(Received(f"{name}[{number}]", inside, part, header))
+            received.append(Received(f"{name}[{number}]", inside, part, header, rig))
     return received
+
+
+def _sets(
+    groups: Iterable[tuple[Instant, list[Received]]], views: Iterable[Received]
+) -> Iterator[tuple[Instant, list[Received], set[str]]]:
+    """Views to decode together, and the cameras that could be among them: those that tell the time.
+
+    A camera twice at one instant belongs to several rigs: their views are kept apart.
+    """
+    cameras: dict[str, set[str]] = {view.rig: set() for view in views}
+    for view in views:
+        if view.instant.is_timed:
+            cameras[view.rig].add(view.header.camera_id)
+    everyone = set().union(*cameras.values())
+    for instant, members in groups:
+        rigs = sorted({view.rig for view in members})
+        if len(rigs) > 1 and _twice(camera for camera, _ in {(view.header.camera_id, view.data) for view in members}):
+            for rig in rigs:
+                yield instant._replace(place=rig), [view for view in members if view.rig == rig], cameras[rig]
+        else:
+            yield instant, members, everyone
+
+
+def _twice(cameras: Iterable[str]) -> set[str]:
+    """Cameras named more than once; any number of views may name none."""
+    return {camera for camera, count in Counter(cameras).items() if camera and count > 1}
 
 
 def _decode(
@@ -225,11 +254,19 @@ def _decode(
     how: dict[str, Any],
 ) -> dict[int, DecodedView]:
     """Decode what is intact of one instant -> id of the received file: its picture."""
-    _refuse_twins(members)
-    intact: list[tuple[Received, container.Stream]] = []
+    copies: dict[bytes, list[Received]] = {}  # the same file twice is one view
     for view in members:
-        with report.file(view.name):
-            intact.append((view, container.unpack(view.data, partial=partial)))
+        copies.setdefault(view.data, []).append(view)
+    intact: list[container.Stream] = []
+    owners: dict[int, list[Received]] = {}
+    for data, views in copies.items():
+        names = [view.name for view in views]
+        if len(views) > 1:
+            report.note(f"{', '.join(names)}: are the same file; it is decoded once")
+        with report.file(", ".join(names), *names):
+            stream = container.unpack(data, partial=partial)
+            intact.append(stream)
+            owners[id(stream.header)] = views
     if require and len(intact) < require:
         raise MvcodecError(f"{len(intact)} of the {require} views required")
     if not intact:
@@ -237,29 +274,28 @@ def _decode(
 
     from mvcodec import api
 
-    owner = {id(stream.header): view for view, stream in intact}
+    def names_of(*headers: container.Header) -> list[str]:
+        return [view.name for header in headers for view in owners[id(header)]]
 
     def failed(header: container.Header, error: MvcodecError) -> None:
-        with report.file(owner[id(header)].name):
+        names = names_of(header)
+        with report.file(", ".join(names), *names):
             raise error
 
+    twins = _twice(stream.header.camera_id for stream in intact) if how["joint"] else set()
+    for camera in sorted(twins):
+        names = names_of(*(stream.header for stream in intact if stream.header.camera_id == camera))
+        report.note(f"camera {camera} is there {len(names)} times, {', '.join(names)}: each is decoded alone")
+    alone = [[stream] for stream in intact if stream.header.camera_id in twins]
+    together = [stream for stream in intact if stream.header.camera_id not in twins]
     decoded: list[DecodedView] = []
-    for streams in api.by_model([stream for _, stream in intact]):  # each for itself: the weights of one may be missing
-        names = [owner[id(stream.header)].name for stream in streams]
+    for streams in (*api.by_model(together), *alone):  # each for itself: the weights of one may be missing
+        names = names_of(*(stream.header for stream in streams))
         with report.file(", ".join(names), *names):
             decoded += api.decode_set(streams, model=model, device=device, on_failure=failed, **how)
     if require and len(decoded) < require:
         raise MvcodecError(f"{len(decoded)} of the {require} views required")
-    return {id(owner[id(view.header)]): view for view in decoded}
-
-
-def _refuse_twins(members: Sequence[Received]) -> None:
-    names: dict[str, str] = {}
-    for view in members:
-        camera = view.header.camera_id
-        if camera and camera in names:
-            raise UsageError(f"camera {camera} is there twice, {names[camera]} and {view.name}; decode them one by one")
-        names[camera] = view.name
+    return {id(view): picture for picture in decoded for view in owners[id(picture.header)]}
 
 
 def _deliver(report: Report, targets: Targets, done: Finishing, path: Path, drawn: Maps | None) -> None:

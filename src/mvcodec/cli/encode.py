@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from mvcodec.cli.ahead import ahead
 from mvcodec.cli.report import Report, reporting, running, size_in_bytes, within_memory
 from mvcodec.cli.targets import STDIN, Targets, label, placing, read, sources
 from mvcodec.errors import UsageError
-from mvcodec.frames import AUTO, MAX_PIXELS, PICTURE_SUFFIXES, STREAM_SUFFIX, Source, ViewName, name_of
+from mvcodec.frames import AUTO, MAX_PIXELS, PICTURE_SUFFIXES, STREAM_SUFFIX, Instant, Source, ViewName, name_of
 
 if TYPE_CHECKING:
     from mvcodec.images import Alpha
@@ -115,6 +115,8 @@ def encode(
     if len(given) > 1 and (frame is not None or timestamp_us is not None):
         raise UsageError("--frame and --timestamp-us are for one picture; let --names read them from the names")
     views = [_view(source, names, camera_id, frame, timestamp_us) for source in given]
+    if camera_id is not None:
+        _refuse_twins(given, views)
     targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
     targets.check_stdout(report.as_json)
     paths = targets.plan([(source, STREAM_SUFFIX) for source in given])
@@ -179,3 +181,15 @@ def _view(source: Source, names: str, camera_id: str | None, frame: int | None, 
         name.frame if frame is None else frame,
         name.timestamp_us if timestamp_us is None else timestamp_us,
     )
+
+
+def _refuse_twins(given: Sequence[Source], views: Sequence[ViewName]) -> None:
+    """UsageError where pictures that one --camera-id is given for cannot be told apart."""
+    taken: dict[Instant, Source] = {}
+    for source, view in zip(given, views, strict=True):
+        instant = Instant(view.frame, view.timestamp_us if view.frame is None else None)
+        if (other := taken.setdefault(instant, source)) is not source:
+            raise UsageError(
+                f"--camera-id {view.camera_id}: {other.path} and {source.path} would both be its view of {instant}; "
+                "let --names read frames from the names"
+            )
