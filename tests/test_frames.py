@@ -142,6 +142,7 @@ def test_views_of_one_instant_of_a_rig_are_a_scene(tmp_path: Path) -> None:
         "flat/7": ["flat/cam1_7.png", "flat/cam2_7.png"],
         "still": ["still/DSC_0423.png", "still/DSC_0424.png"],
     }
+    assert find_scenes(tmp_path / "day1/C1").keys() == {"0", "1"}  # a camera's own folder: no two frames are one scene
 
 
 def test_a_folder_without_pictures_has_no_scenes(tmp_path: Path) -> None:

@@ -196,18 +196,20 @@ def find_scenes(folder: Path, results: Path | None = None) -> dict[str, list[Pat
         if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
             continue
         if left_out is None or not _below(path, left_out):
-            scenes.setdefault(scene_of(path.relative_to(folder)), []).append(path)
+            scenes.setdefault(scene_of(path, folder), []).append(path)
     if not scenes:
         raise UsageError(f"{folder}: holds no pictures; give a folder of scenes, each a folder of views")
     return scenes
 
 
-def scene_of(path: Path) -> str:
-    """C1/0007.png belongs with C2/0007.png, cam1_0007.png with cam2_0007.png, anything else with its folder."""
+def scene_of(path: Path, folder: Path) -> str:
+    """C1/0007.png belongs with C2/0007.png, cam1_0007.png with cam2_0007.png, anything else with its folder.
+
+    Scenes are named from `folder` on; it may be a camera's own.
+    """
     camera, frame, _ = name_of(path)
-    if frame is None:
-        return str(path.parent)
-    return str(place_of(path, camera) / str(frame))
+    below = path.relative_to(folder)
+    return str(below.parent if frame is None else place_of(below, camera) / str(frame))
 
 
 def place_of(path: Path, camera: str) -> Path:

@@ -126,6 +126,8 @@ def test_demo_decodes_the_views_of_each_instant_together(cli: Cli, scene: Path) 
         ("C2", 1),
     ]
     assert len(cli("demo", scene, "-o", scene / "out", "--json", "--quiet").records) == 4  # its own output is no input
+    of_one_camera = cli("demo", scene / "C1", "-o", "one", "--json", "--quiet").records
+    assert [(record["camera_id"], record["frame"]) for record in of_one_camera] == [("C1", 0), ("C1", 1)]
 
 
 def test_demo_overwrites_nothing_but_an_earlier_demo(cli: Cli, scene: Path) -> None:

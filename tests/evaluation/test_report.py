@@ -185,6 +185,8 @@ def test_scenes_are_those_of_training(tmp_path):
         pil.fromarray(smooth_picture(8, 8)).save(tmp_path / name)
     found = {scene.name: [view.name for view in scene.views] for scene in read_scenes(tmp_path)}
     assert found == {"day1/7": ["C1", "C2"], "flat/7": ["cam1", "cam2"], "shard/still": ["a"]}
+    (of_one_camera,) = read_scenes(tmp_path / "day1/C1")
+    assert (of_one_camera.name, [view.name for view in of_one_camera.views]) == ("7", ["C1"])
     (tmp_path / "flat").rename(tmp_path / "mean")
     (tmp_path / "mean" / "cam1_7.png").rename(tmp_path / "mean" / "a.png")
     with pytest.raises(UsageError, match="rename the folder"):

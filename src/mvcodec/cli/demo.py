@@ -67,7 +67,7 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
 
     def encode(path: Path) -> View:
         """One camera alone: no other view is opened."""
-        camera, frame, _ = name_of(path.relative_to(place))
+        camera, frame, _ = name_of(path)
         original = images.read_named(path)
         started = time.perf_counter()
         data = api.encode(original, quality=quality, camera_id=camera, frame=frame, model=weights)
@@ -116,7 +116,7 @@ def _targets(scenes: Mapping[str, Sequence[Path]], place: Path, folder: Path) ->
     taken = {folder / COMPARISON: "the comparison"}
     targets: dict[Path, Path] = {}
     for paths in scenes.values():
-        cameras = [name_of(path.relative_to(place)).camera_id for path in paths]
+        cameras = [name_of(path).camera_id for path in paths]
         for path, camera in zip(paths, cameras, strict=True):
             target = targets[path] = (folder / path.relative_to(place)).with_suffix(".png")
             if cameras.count(camera) > 1:
