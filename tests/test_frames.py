@@ -159,6 +159,9 @@ def test_scenes_are_of_files_linked_ones_included_and_not_of_results(tmp_path: P
     (data / "a" / "folder.png").mkdir()
     (data / "a" / "lost.png").symlink_to("absent.png")
     (data / "b").symlink_to(tmp_path / "elsewhere")
+    (data / "c").symlink_to("..")
+    (data / "a" / "._1.png").touch()  # of macOS
+    assert [source.path for source in find([data], PICTURE_SUFFIXES)][:2] == [data / "a/1.png", data / "b/2.png"]
     assert find_scenes(data, data / "report") == {"a": [data / "a/1.png"], "b": [data / "b/2.png"]}
     assert find_scenes(data, tmp_path).keys() == {"a", "b", "report"}  # a folder around the data hides nothing
     with pytest.raises(UsageError, match="is the folder of the pictures"):

@@ -137,7 +137,7 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
     found: dict[Path, Source] = {}
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in wanted and p.is_file())
+            inside = _files_below(path, wanted)
             if not inside:
                 raise UsageError(f"{path}: holds no {'.phv files' if STREAM_SUFFIX in wanted else 'pictures'}")
             for file in inside:
@@ -185,16 +185,13 @@ def find_scenes(folder: Path, results: Path | None = None) -> dict[str, list[Pat
     """The pictures below `folder` as scene name -> sorted files, one scene for each place and instant.
 
     results: where output goes. What an earlier run left there, below `folder`, is no input. UsageError where it is
-    `folder` itself, or where there are no pictures. Links to folders are followed at the top, where scenes are.
+    `folder` itself, or where there are no pictures.
     """
     if results is not None and results.resolve() == folder.resolve():
         raise UsageError(f"{results}: is the folder of the pictures; name another for the output")
     left_out = results if results is not None and _below(results, folder) else None
-    linked = [path for path in folder.glob("*") if path.is_symlink() and path.is_dir()]
     scenes: dict[str, list[Path]] = {}
-    for path in sorted(path for top in (folder, *linked) for path in top.rglob("*")):
-        if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
-            continue
+    for path in _files_below(folder, PICTURE_SUFFIXES):
         if left_out is None or not _below(path, left_out):
             scenes.setdefault(scene_of(path, folder), []).append(path)
     if not scenes:
@@ -215,6 +212,17 @@ def scene_of(path: Path, folder: Path) -> str:
 def place_of(path: Path, camera: str) -> Path:
     """Where the cameras of a view's rig are: above its folder if that is the camera's own, else in it."""
     return path.parent.parent if path.parent.name == camera else path.parent
+
+
+def _files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """The files with one of `suffixes` anywhere below, sorted.
+
+    Links to folders are followed at the top, where scenes and cameras are, unless they lead back up: each walk ends.
+    What begins with "._" is no picture, but what macOS knows about one.
+    """
+    linked = [path for path in folder.glob("*") if path.is_symlink() and path.is_dir() and not _below(folder, path)]
+    files = (path for top in (folder, *linked) for path in top.rglob("*") if not path.name.startswith("._"))
+    return sorted(path for path in files if path.suffix.lower() in suffixes and path.is_file())
 
 
 def _below(path: Path, folder: Path) -> bool:
