@@ -22,6 +22,7 @@ from mvcodec.frames import PICTURE_SUFFIXES, Instant, ViewName, find, find_scene
         ("left/0003.png", "left", 3),
         ("right_0003.png", "right", 3),
         ("image_2/000010.png", "image_2", 10),
+        ("stereo/L/0003.png", "L", 3),
         # One still scene: the number belongs to the name, not to a clock.
         ("DSC_0423.jpg", "DSC_0423", None),
         ("images/0001.jpg", "0001", None),
@@ -29,6 +30,7 @@ from mvcodec.frames import PICTURE_SUFFIXES, Instant, ViewName, find, find_scene
         ("nineveh/00_IMG_20181115_133137.webp", "00_IMG_20181115_133137", None),
         ("mobilebrick/02_000004.webp", "02_000004", None),
         ("kitchen/left.png", "left", None),
+        ("nerf/train/r_0.png", "r_0", None),
         ("décor/caméra.png", "caméra", None),
     ],
 )

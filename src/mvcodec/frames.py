@@ -35,9 +35,9 @@ STREAM_SUFFIX = ".phv"
 MAX_PIXELS = 2**27
 """Default cap on width * height (134 megapixels): a few bytes can claim to be any picture."""
 
-_CAMERA = r"(?:c|cam|camera|view|v|image_)[-_]?\d+|left|right|l|r"
-_AUTO_PATTERNS = (
-    re.compile(rf"(?:.*/)?(?P<camera>{_CAMERA})/(?P<frame>\d+)", re.IGNORECASE),
+_CAMERA = r"(?:c|cam|camera|view|v|image_)[-_]?\d+|left|right"
+_AUTO_PATTERNS = (  # l and r are folders alone: r_0.png is a picture of a NeRF scene
+    re.compile(rf"(?:.*/)?(?P<camera>{_CAMERA}|l|r)/(?P<frame>\d+)", re.IGNORECASE),
     re.compile(rf"(?:.*/)?(?P<camera>{_CAMERA})[-_](?P<frame>\d+)", re.IGNORECASE),
 )
 _FIELDS = {"camera": r"(?P<camera>[^/]+?)", "frame": r"(?P<frame>\d+)", "time_us": r"(?P<time_us>\d+)"}
