@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvcodec import container
 from mvcodec.errors import UsageError
 from mvcodec.frames import PICTURE_SUFFIXES, Instant, ViewName, find, find_scenes, instants, name_of, safe_path
 
@@ -36,6 +38,23 @@ from mvcodec.frames import PICTURE_SUFFIXES, Instant, ViewName, find, find_scene
 )
 def test_camera_and_frame_from_the_name(path: str, camera: str, frame: int | None) -> None:
     assert name_of(Path(path)) == ViewName(camera, frame)
+
+
+@given(
+    name=st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=200)
+    | st.sampled_from([".", "広場" * 40, os.fsdecode(b"caf\xe9")])
+)
+def test_every_name_gives_an_id_that_a_file_can_hold(name: str) -> None:
+    camera = name_of(Path("photos", f"{name}.png")).camera_id
+    header = container.Header(bytes(8), "tiny", 50.0, 1, 1, camera_id=camera)
+    assert header.camera_id == camera
+    assert camera != name_of(Path("photos", f"{name}.{name}.png")).camera_id
+
+
+def test_a_number_that_no_file_can_hold_is_no_frame() -> None:
+    assert name_of(Path(f"C1/{2**63 - 1}.png")) == ViewName("C1", 2**63 - 1)
+    assert name_of(Path(f"C1/{2**63}.png")) == ViewName(str(2**63))
+    assert name_of(Path(f"cam1_{2**63}.png")) == ViewName(f"cam1_{2**63}")
 
 
 def test_other_trees_are_described_by_a_pattern() -> None:

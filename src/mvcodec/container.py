@@ -31,6 +31,7 @@ PROFILES = ("paper", "fast", "tiny")
 MAX_SIDE = 65535
 MAX_PIXELS = 1 << 28  # 268 MP: the decoded float picture alone takes 3 GiB; larger ones are to be tiled
 MAX_CAMERA_ID = 128  # bytes of UTF-8: names output files, whose names may have 255
+MAX_COUNT = (1 << 63) - 1  # of frames and microseconds: what a signed 64-bit integer holds
 MAX_ICC = 1 << 22  # display profiles have kilobytes, printer tables at most a few megabytes
 MAX_EXIF = 1 << 16  # what a JPEG segment can hold
 MAX_SLICES = 32
@@ -226,8 +227,8 @@ METADATA = c.Struct(
         f"camera id must be UTF-8, at most {MAX_CAMERA_ID} bytes, no control character, / or \\",
         _is_camera_id,
     ),
-    "frame" / c.If(c.this.flags.frame, _VarUInt((1 << 63) - 1)),
-    "timestamp_us" / c.If(c.this.flags.timestamp, _VarUInt((1 << 63) - 1)),
+    "frame" / c.If(c.this.flags.frame, _VarUInt(MAX_COUNT)),
+    "timestamp_us" / c.If(c.this.flags.timestamp, _VarUInt(MAX_COUNT)),
     "icc" / c.If(c.this.flags.icc, _blob("ICC profile", MAX_ICC)),
     "exif" / c.If(c.this.flags.exif, _blob("EXIF", MAX_EXIF)),
 )  # fmt: skip

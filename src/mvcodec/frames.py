@@ -17,6 +17,7 @@ Two questions are answered here, and nowhere else:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from mvcodec.container import MAX_CAMERA_ID, MAX_COUNT
 from mvcodec.errors import UsageError
 
 AUTO = "auto"
@@ -93,12 +95,12 @@ def name_of(path: Path, pattern: str = AUTO) -> ViewName:
     stem = absolute(path).with_suffix("").as_posix()
     if pattern == AUTO:
         match = next((m for p in _AUTO_PATTERNS if (m := p.fullmatch(stem))), None)
-        if match is None:
-            return ViewName(path.stem)
-    else:
-        match = _compiled(pattern).fullmatch(stem)
-        if match is None:
-            raise UsageError(f"{path}: does not fit the name pattern {pattern!r}")
+        if match is None or int(match["frame"]) > MAX_COUNT:
+            return ViewName(_valid_id(path.stem))
+        return ViewName(_valid_id(match["camera"]), int(match["frame"]))
+    match = _compiled(pattern).fullmatch(stem)
+    if match is None:
+        raise UsageError(f"{path}: does not fit the name pattern {pattern!r}")
     found = match.groupdict()
     frame, time_us = found.get("frame"), found.get("time_us")
     return ViewName(
@@ -106,6 +108,16 @@ def name_of(path: Path, pattern: str = AUTO) -> ViewName:
         None if frame is None else int(frame),
         None if time_us is None else int(time_us),
     )
+
+
+def _valid_id(name: str) -> str:
+    """The name, or where a file cannot hold it as a camera id what it can, and a hash that keeps such ids apart."""
+    raw = name.encode("utf-8", "surrogatepass")  # names of files may be no UTF-8
+    kept = re.sub(r"[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]", "_", name)
+    if kept == name and len(raw) <= MAX_CAMERA_ID and name not in (".", ".."):
+        return name
+    short = kept.encode()[: MAX_CAMERA_ID - 9].decode(errors="ignore")  # no half of a character
+    return f"{short}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
