@@ -57,6 +57,37 @@ def test_a_concatenation_streams_through_stdin(cli: Cli, coded: Path) -> None:
         np.testing.assert_array_equal(pixels(Path("plain", name)), pixels(Path("piped", name)))
 
 
+def test_no_two_parts_of_a_stream_are_written_to_one_place(cli: Cli, workplace: Path) -> None:
+    """Views that name no camera, and names that differ in what no file name may hold."""
+    cameras = ("", "", "cam:1", "cam?1")
+    array = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    parts = [mvcodec.encode(array, camera_id=camera, quality=10 * k) for k, camera in enumerate(cameras)]
+    outcome = cli("decode", "-", "-o", "out", "--json", stdin=b"".join([*parts, parts[0]]))
+    assert outcome.code == 0
+    assert [(r["file"], Path(r["output"]).name) for r in outcome.records if "output" in r] == [
+        ("-[0]", "view.png"),
+        ("-[1]", "view.1.png"),
+        ("-[2]", "cam_1.png"),
+        ("-[3]", "cam_1.1.png"),
+    ]
+    assert {"file": "-[4]", "same_as": "-[0]"} in outcome.records
+    Path("in/a").mkdir(parents=True)
+    Path("in/a/all.phv").write_bytes(parts[0] + parts[1])
+    Path("in/a/view.phv").write_bytes(parts[2])
+    assert cli("decode", "in", "-o", "mirrored").code == 0
+    assert sorted(path.name for path in Path("mirrored/a").iterdir()) == ["view.1.png", "view.2.png", "view.png"]
+
+
+def test_damage_behind_a_part_does_not_rename_it(cli: Cli, workplace: Path) -> None:
+    part = mvcodec.encode(np.zeros((8, 8), np.uint8), camera_id="C1", frame=3)
+    Path("all.phv").write_bytes(part + b"damaged")
+    for command in (["decode", "-o", "out"], ["verify"]):
+        outcome = cli(*command, "all.phv", "--json")
+        assert outcome.code == 6
+        assert [(r["file"], r.get("exit_code", 0)) for r in outcome.records] == [("all.phv", 4), ("all.phv[0]", 0)]
+    assert Path("out/C1/00000003.png").exists()
+
+
 def test_pictures_can_leave_through_stdout(cli: Cli, coded: Path) -> None:
     outcome = cli("decode", coded / "C1/00000000.phv", "-o", "-", "--format", "ppm")
     assert outcome.code == 0

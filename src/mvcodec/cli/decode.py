@@ -134,8 +134,10 @@ def decode(
     targets = Targets(output, inputs, force=force, skip_existing=skip_existing)
     targets.check_stdout(report.as_json)
     views: list[Received] = []
-    for source in sources(inputs, frozenset({STREAM_SUFFIX})):
-        views += receive(report, source, max_pixels)
+    found = sources(inputs, frozenset({STREAM_SUFFIX}))
+    taken = {source.relative.with_suffix(""): 0 for source in found}
+    for source in found:
+        views += receive(report, source, max_pixels, taken)
     wanted = [view for view in views if not only or view.header.camera_id in only]
     if views and not wanted:
         cameras = ", ".join(sorted({view.header.camera_id for view in views}))
@@ -196,26 +198,46 @@ def decode(
     report.finish()
 
 
-def receive(report: Report, source: Source, max_pixels: int) -> list[Received]:
-    """The files in one input: one alone keeps its name, concatenated ones are named by camera and time."""
-    name = label(source.path)
+def receive(report: Report, source: Source, max_pixels: int, taken: dict[Path, int]) -> list[Received]:
+    """The files in one input: one alone keeps its name, concatenated ones are named by camera and time.
+
+    taken: names that are; another part of the same one gets a number, and one of the same bytes is left out.
+    """
+    name, failures = label(source.path), len(report.failures)
     parts: list[tuple[bytes, container.Header]] = []
     with report.file(name):  # what stands before the damage is good
         for part in streams_in(source):
             header = container.unpack_header(part)
             container.refuse_larger(header, max_pixels)
             parts.append((part, header))
-    received = []
+    if len(parts) == 1 and len(report.failures) == failures and source.path != STDIN:
+        ((part, header),) = parts
+        return [Received(name, source, part, header, str(place_of(source.relative, header.camera_id)))]
+    taken.pop(source.relative.with_suffix(""), None)  # all of its parts have other names
+    received: dict[bytes, Received] = {}
     for number, (part, header) in enumerate(parts):
-        rig = str(place_of(source.relative, header.camera_id))
-        if len(parts) == 1 and source.path != STDIN:
-            received.append(Received(name, source, part, header, rig))
-        else:
-            path = safe_path(header.camera_id, header.frame, header.timestamp_us)
-            # The ending is there to be replaced, as that of a file would be: a camera id may contain a dot.
-            inside = Source(source.path.parent / f"{path}.phv", Path(f"{path}.phv"), source.place)
-            received.append(Received(f"{name}[{number}]", inside, part, header, rig))
-    return received
+        called = f"{name}[{number}]"
+        if (first := received.get(part)) is not None:
+            report.result(
+                {"file": called, "same_as": first.name}, f"{called}: is {first.name} again, left out", err=True
+            )
+            continue
+        path = _free(source.relative.parent / safe_path(header.camera_id, header.frame, header.timestamp_us), taken)
+        # The ending is there to be replaced, as that of a file would be: a camera id may contain a dot.
+        relative = path.with_name(f"{path.name}.phv")
+        inside = Source(source.path.parent / relative.relative_to(source.relative.parent), relative, source.place)
+        received[part] = Received(called, inside, part, header, str(place_of(source.relative, header.camera_id)))
+    return list(received.values())
+
+
+def _free(path: Path, taken: dict[Path, int]) -> Path:
+    """`path`, or where it is taken that with the next number; it is taken then."""
+    free = path
+    while free in taken:
+        taken[path] += 1
+        free = path.with_name(f"{path.name}.{taken[path]}")
+    taken[free] = 0
+    return free
 
 
 def _sets(

@@ -26,10 +26,12 @@ def verify(
     """
     for source in sources(inputs, frozenset({STREAM_SUFFIX})):
         parts: list[bytes] = []
+        failures = len(report.failures)
         with report.file(label(source.path)):  # what stands before the damage can be checked
             parts.extend(streams_in(source))
+        alone = len(parts) == 1 and len(report.failures) == failures
         for number, part in enumerate(parts):
-            name = label(source.path) if len(parts) == 1 else f"{label(source.path)}[{number}]"
+            name = label(source.path) if alone else f"{label(source.path)}[{number}]"
             with report.file(name):
                 stream = container.unpack(part)
                 if deep:
