@@ -113,6 +113,8 @@ def test_only_one_camera_is_written_but_the_others_still_help(cli: Cli, coded: P
     outcome = cli("decode", coded, "-o", "out2", "--only", "C9")
     assert outcome.code == 2
     assert "no such camera; there are C1, C2" in outcome.err
+    (coded / "C2/00000000.phv").write_bytes(b"damaged")
+    assert cli("decode", coded / "C1/00000000.phv", coded / "C2/00000000.phv", "-o", "out3", "--only", "C2").code == 4
 
 
 def test_preview_decodes_each_view_alone(cli: Cli, coded: Path) -> None:

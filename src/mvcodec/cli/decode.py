@@ -139,7 +139,7 @@ def decode(
     for source in found:
         views += receive(report, source, max_pixels, taken)
     wanted = [view for view in views if not only or view.header.camera_id in only]
-    if views and not wanted:
+    if views and not wanted and not report.failures:  # a damaged file may be of that camera
         cameras = ", ".join(sorted({view.header.camera_id for view in views}))
         raise UsageError(f"--only {' '.join(only)}: no such camera; there are {cameras}")
     suffix = f".{kind}" if kind else targets.suffix(".png")
