@@ -16,8 +16,9 @@ from PIL import Image as pil
 import mvcodec
 from mvcodec import api, container
 from mvcodec.cli.decode import _helpers
-from mvcodec.cli.maps import colours
+from mvcodec.cli.maps import Maps, colours
 from mvcodec.errors import BitstreamError, ModelError, UsageError
+from mvcodec.frames import Source
 from tests.conftest import write_tiny_model
 
 from .conftest import Cli
@@ -131,6 +132,13 @@ def test_a_truncated_file_gives_what_arrived_when_partial_is_asked(cli: Cli, cod
     assert outcome.code == 6
     assert f"mvcodec: {path}: truncated" in outcome.err
     assert len(list(Path("out").rglob("*.png"))) == 3
+    records = cli("decode", coded, "-o", "out", "-f", "--require", 2, "--json").records
+    assert [(r["file"], r.get("exit_code", 0)) for r in records] == [
+        (str(path), 4),
+        (str(coded / "C2/00000000.phv"), 1),
+        (str(coded / "C1/00000001.phv"), 0),
+        (str(coded / "C2/00000001.phv"), 0),
+    ]
     outcome = cli("decode", path, "-o", "part.png", "--partial", "--json")
     assert outcome.code == 0
     assert "truncated" in outcome.records[0]["damage"]
@@ -374,7 +382,11 @@ def test_maps_show_what_each_peer_contributed(cli: Cli, coded: Path) -> None:
     assert again.code == UsageError.exit_code
     assert "from_C2.png: exists; overwrite with -f" in again.err
     assert not Path("new").exists()
+    Path(expected[0]).write_bytes(b"mine")
+    assert cli("decode", coded, "-o", "new", "--maps", "maps", "--skip-existing").code == 0
+    assert Path(expected[0]).read_bytes() == b"mine"
     assert cli("decode", coded, "-o", "new", "--maps", "maps", "-f").code == 0
+    assert Path(expected[0]).read_bytes() != b"mine"
 
 
 @pytest.mark.parametrize(("asked", "against"), [(["--maps", "m"], "--preview"), (["--max-peers", "1"], "--no-refine")])
@@ -382,6 +394,13 @@ def test_what_is_about_peers_needs_them(cli: Cli, coded: Path, asked: list[str],
     outcome = cli("decode", coded, "-o", "out", *asked, against)
     assert outcome.code == UsageError.exit_code
     assert f"{asked[0]} is about the peers that {against} leaves out" in outcome.err
+
+
+def test_each_peer_has_a_map_of_its_own(workplace: Path) -> None:
+    view = Source(Path("C1.phv"), Path("C1.phv"))
+    paths = Maps("maps", [view], False, False).write(view, ["cam:1", "cam?1", ""], np.zeros((3, 4, 4), np.uint8))
+    assert [path.name for path in paths] == ["C1.from_cam_1.png", "C1.from_cam_1.1.png", "C1.from_view2.png"]
+    assert all(path.exists() for path in paths)
 
 
 def test_maps_are_red_for_nothing_and_green_for_a_half() -> None:

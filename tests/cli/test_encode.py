@@ -109,6 +109,20 @@ def test_output_stays_in_its_folder_in_whatever_spelling_inputs_come(cli: Cli, s
     assert "both" in cli("encode", "00000000.png", "../C2/00000000.bmp").err
 
 
+def test_a_folder_s_files_go_to_a_folder_though_there_is_one_and_a_dot(cli: Cli, scene: Path) -> None:
+    (scene / "C1/00000001.png").unlink()
+    assert cli("encode", scene / "C1", "-o", "coded_v1.0").code == 0
+    assert Path("coded_v1.0/00000000.phv").is_file()
+    assert cli("encode", scene / "C1", "-o", "one.phv").code == 0
+    assert Path("one.phv").is_file()
+
+
+def test_a_file_called_like_stdin_can_be_named(cli: Cli, scene: Path) -> None:
+    shutil.copy(scene / "C1/00000000.png", "-")
+    assert cli("encode", "./-", "-o", "a.phv").code == 0
+    assert header("a.phv").camera_id == "-"
+
+
 def test_pipes(cli: Cli, scene: Path) -> None:
     picture = (scene / "C1/00000000.png").read_bytes()
     outcome = cli("encode", "-", "--camera-id", "C1", "-q", "30", stdin=picture)

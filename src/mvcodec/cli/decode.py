@@ -150,7 +150,7 @@ def decode(
     paths = targets.plan([(view.source, suffix) for view in wanted])
     places = {id(view): path for view, path in zip(wanted, paths, strict=True)}
 
-    drawn = Maps(maps, [view.source for view in wanted], force or skip_existing) if maps else None
+    drawn = Maps(maps, [view.source for view in wanted], force, skip_existing) if maps else None
     how = {
         "joint": not preview,
         "refine": not no_refine,

@@ -27,24 +27,28 @@ def colours(share: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class Maps:
     """Where the maps of each view go: `DIR/view.from_PEER.png`, folders as those of the inputs."""
 
-    def __init__(self, folder: str, views: Iterable[Source], overwrite: bool) -> None:
+    def __init__(self, folder: str, views: Iterable[Source], force: bool, skip_existing: bool) -> None:
         """Raise UsageError, before any work is done, where `folder` is a file or maps of a view are there already."""
-        self.folder = Path(folder)
+        self.folder, self.skip_existing = Path(folder), skip_existing
         if self.folder.is_file():
             raise UsageError(f"--maps {folder}: is a file, not a folder")
         for view in views:
             place = self.folder / view.relative
-            for path in [] if overwrite else sorted(place.parent.glob("*.png")):
+            for path in [] if force or skip_existing else sorted(place.parent.glob("*.png")):
                 if path.name.startswith(f"{place.stem}.from_"):
                     raise UsageError(f"{path}: exists; overwrite with -f")
 
     def write(self, view: Source, peers: Iterable[str], shares: NDArray[np.uint8]) -> list[Path]:
         """One picture per peer, of shares [S, H, W]; -> their paths."""
-        paths = []
+        paths: list[Path] = []
         for number, (peer, share) in enumerate(zip(peers, shares, strict=True)):
             name = safe_path(peer, None, None) if peer else f"view{number}"
             path = self.folder / view.relative.with_name(f"{view.relative.stem}.from_{name}.png")
+            if path in paths:  # of another id, equal but for what no file name may hold
+                path = path.with_name(f"{path.stem}.{number}.png")
+            paths.append(path)
+            if self.skip_existing and path.exists():
+                continue
             with atomic(path) as file:
                 file.write(images.to_bytes(images.Image(colours(share)), ".png"))
-            paths.append(path)
         return paths

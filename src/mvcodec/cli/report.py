@@ -27,6 +27,7 @@ class Report:
     def __init__(self, *, as_json: bool, verbose: bool, quiet: bool) -> None:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet
         self.failures: list[int] = []
+        self._failed: set[str] = set()  # --json has told
         self._say: Callable[[str], object] = to_stderr
         self.successes = 0
 
@@ -83,8 +84,10 @@ class Report:
     def _fail(self, name: object, sentence: str, exit_code: int, members: Sequence[object] = ()) -> None:
         self.failures.append(complain(f"{name}: {sentence}", exit_code, self._say))
         if self.as_json:
-            for file in members or (name,):
-                click.echo(json.dumps({"file": str(file), "error": sentence, "exit_code": exit_code}))
+            for file in map(str, members or (name,)):
+                if file not in self._failed:  # its own damage, before what that does to its instant
+                    click.echo(json.dumps({"file": file, "error": sentence, "exit_code": exit_code}))
+                self._failed.add(file)
 
     def progress(self, items: Sequence[T], what: str) -> Iterator[T]:
         """`items` with a bar on stderr, where stderr is a terminal and there is something to wait for."""

@@ -12,9 +12,10 @@ import click
 from mvcodec import container
 from mvcodec.errors import UsageError
 from mvcodec.files import atomic
-from mvcodec.frames import Source, absolute, find
+from mvcodec.frames import PICTURE_SUFFIXES, STREAM_SUFFIX, Source, absolute, find
 
 STDIN = Path("-")
+_ENDINGS = {*PICTURE_SUFFIXES, STREAM_SUFFIX}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -40,7 +41,7 @@ def sources(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Source]:
         if len(inputs) > 1:
             raise UsageError("-: stdin cannot be mixed with other inputs")
         return [Source(STDIN, Path("view"))]
-    return find(inputs, suffixes)
+    return find([absolute(STDIN) if Path(given) == STDIN else given for given in inputs], suffixes)  # ./- is a file
 
 
 def read(source: Source) -> bytes:
@@ -59,7 +60,8 @@ def streams_in(source: Source) -> Iterator[bytes]:
 class Targets:
     """The decision about every output, made before any work is done.
 
-    -o names a folder if it is one, ends in a slash or has no ending such as .png; else it names one file.
+    -o names a folder if it is one, ends in a slash or has no ending such as .png; else it names one file. Of a folder's
+    files it names a folder, `coded_v1.0`, unless its ending is one of a picture or of .phv.
     """
 
     def __init__(self, output: str | None, inputs: Sequence[str], *, force: bool, skip_existing: bool) -> None:
@@ -69,7 +71,10 @@ class Targets:
             raise UsageError("will not write binary data to a terminal; say -o FILE")
         self.output = None if output is None or self.to_stdout else Path(output)
         self.is_folder = self.output is not None and (
-            self.output.is_dir() or str(output).endswith(("/", "\\")) or not self.output.suffix
+            self.output.is_dir()
+            or str(output).endswith(("/", "\\"))
+            or not self.output.suffix
+            or (self.output.suffix.lower() not in _ENDINGS and any(Path(given).is_dir() for given in inputs))
         )
         if self.is_folder and self.output is not None and self.output.is_file():
             raise UsageError(f"{output}: is a file, not a folder; name one with its ending")
