@@ -17,13 +17,14 @@ from mvcodec import codec, images, latents, weights
 from mvcodec.codec import DecodedView, OnFailure
 from mvcodec.container import Header, Stream, refuse_larger, unpack
 from mvcodec.errors import ModelError, MvcodecError, UsageError
+from mvcodec.files import Input, contents
 from mvcodec.frames import MAX_PIXELS, name_of
 from mvcodec.images import Image
 from mvcodec.runtime import give_back
 from mvcodec.weights import Model
 
 Picture = Image | NDArray[np.uint8] | NDArray[np.uint16] | str | os.PathLike[str]
-File = Stream | bytes | bytearray | memoryview | str | os.PathLike[str]
+File = Stream | Input
 Weights = Model | str | os.PathLike[str] | None
 
 
@@ -57,6 +58,8 @@ def encode(
         camera_id = name.camera_id if camera_id is None else camera_id
         frame = name.frame if frame is None else frame
         picture = images.read(picture, alpha=alpha, max_pixels=max_pixels)
+    if not isinstance(picture, Image | np.ndarray):
+        raise UsageError(f"picture is a {type(picture).__name__}: give a path, an array, or mvcodec.images.read(bytes)")
     image = picture if isinstance(picture, Image) else Image(picture)
     if max_memory is not None:
         give_back()
@@ -104,6 +107,8 @@ def decode_set(
     model: None finds the weights that the files name; views of one model help each other.
     on_failure: see `mvcodec.codec.decode_set`.
     """
+    if isinstance(files, Stream | bytes | bytearray | memoryview | str | os.PathLike):
+        raise UsageError("decode_set takes a list of files; decode takes one")
     streams = [_stream(file, partial) for file in files]
     if not streams:
         raise UsageError("there are no files to decode")
@@ -165,10 +170,13 @@ def resolve_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:1 -> a device that is there; asking for an absent one is an error."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    none = UsageError(f"device {name!r} is none of auto, cpu, cuda, cuda:1")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device {name!r} is none of auto, cpu, cuda, cuda:1") from error
+        raise none from error
+    if device.type not in ("cpu", "cuda"):
+        raise none
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MvcodecError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -193,7 +201,4 @@ def _name_of_id(model_id: bytes, profile: str) -> str:
 
 
 def _stream(file: File, partial: bool) -> Stream:
-    if isinstance(file, Stream):
-        return file
-    data = file if isinstance(file, bytes | bytearray | memoryview) else Path(file).read_bytes()
-    return unpack(bytes(data), partial=partial)
+    return file if isinstance(file, Stream) else unpack(contents(file), partial=partial)

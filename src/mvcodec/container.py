@@ -23,6 +23,7 @@ import construct as c
 
 from mvcodec.checksums import crc8, crc16
 from mvcodec.errors import BitstreamError, UsageError
+from mvcodec.files import Input, contents
 
 SIGNATURE = b"\x89PHV\r\n\x1a\n"  # as PNG's: not text, and any newline conversion or 7-bit channel breaks it
 VERSIONS = (1, 2)  # both frozen
@@ -330,8 +331,12 @@ def refuse_larger(header: Header, max_pixels: int) -> None:
         raise BitstreamError(f"has {size}, over the cap of {max_pixels}; raise it with --max-pixels")
 
 
-def describe(data: bytes) -> dict[str, Any]:
-    """What `mvcodec info` prints, from the header alone: JSON-ready fields and the size of every section."""
+def describe(file: Input) -> dict[str, Any]:
+    """What `mvcodec info` prints, from the header alone: JSON-ready fields and the size of every section.
+
+    file: its path or its bytes.
+    """
+    data = contents(file)
     layout = _layout(data)
     header = layout.header
     payload = sum(s.stop - s.start for s in layout.sections)
@@ -454,6 +459,11 @@ def _header(meta: Any) -> Header:
 
 
 def _metadata_bytes(header: Header) -> bytes:
+    for count in (header.frame, header.timestamp_us):
+        if count is not None and not hasattr(count, "__index__"):
+            raise UsageError(f"{count!r} is no whole number: frame and timestamp_us are")
+    if not isinstance(header.camera_id, str):
+        raise UsageError(f"camera id {header.camera_id!r} is not a str")
     if header.colour not in ("rgb", "grey") or header.depth not in (8, 16):
         raise UsageError(f"colour {header.colour!r} with {header.depth} bits is none of rgb, grey with 8 or 16")
     flags = {

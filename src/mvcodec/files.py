@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mvcodec.errors import UsageError
+
+Input = bytes | bytearray | memoryview | str | os.PathLike[str]
 _PACKAGE = Path(__file__).parent
 
 
@@ -20,6 +23,15 @@ def shipped(name: str) -> Path:
     """
     inside, beside = _PACKAGE / name, _PACKAGE.parents[1] / name
     return beside if beside.exists() and not inside.exists() else inside
+
+
+def contents(file: Input) -> bytes:
+    """The bytes of a file, given by its path or as they are."""
+    if isinstance(file, bytes | bytearray | memoryview):
+        return bytes(file)
+    if isinstance(file, str | os.PathLike):
+        return Path(file).read_bytes()
+    raise UsageError(f"a {type(file).__name__} is no file: give its path or its bytes")
 
 
 @contextmanager

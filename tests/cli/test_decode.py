@@ -348,6 +348,31 @@ def test_python_errors_are_ours(cli: Cli) -> None:
         mvcodec.compress  # noqa: B018
 
 
+def test_python_says_what_it_takes(cli: Cli) -> None:
+    array = np.zeros((4, 4), np.uint8)
+    data = mvcodec.encode(array, frame=np.int64(7))
+    Path("a.phv").write_bytes(data)
+    for file in (data, memoryview(data), "a.phv", Path("a.phv")):
+        assert mvcodec.info(file)["frame"] == 7
+    for picture in (array.tolist(), b"\x89PNG", None):
+        with pytest.raises(UsageError, match=f"picture is a {type(picture).__name__}"):
+            mvcodec.encode(picture)
+    for how, message in (
+        ({"frame": 1.5}, "1.5 is no whole number"),
+        ({"timestamp_us": "7"}, "'7' is no whole number"),
+        ({"camera_id": 3}, "3 is not a str"),
+        ({"device": "meta"}, "none of auto, cpu, cuda"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            mvcodec.encode(array, **how)
+    for file in ("a.phv", Path("a.phv"), data):
+        with pytest.raises(UsageError, match="takes a list of files"):
+            mvcodec.decode_set(file)
+    for take in (mvcodec.info, mvcodec.decode):
+        with pytest.raises(UsageError, match="give its path or its bytes"):
+            take(3)
+
+
 def test_each_peer_and_its_mean_weight_are_told(cli: Cli, coded: Path) -> None:
     """An untrained refinement changes nothing, but weighs its peers; a view's own weight is the rest of 1."""
     views = [r for r in cli("decode", coded, "-o", "out", "--json").records if r["output"].endswith("0000.png")]
