@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image as pil
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from .conftest import Cli
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(cli: Cli, scene: Path) -> None:
+    shutil.copytree(scene / "C1", "C1")
+    for name in ("photo.jpg", "large.tif"):
+        pil.new("RGB", (40, 30)).save(name)
+    block = (ROOT / "README.md").read_text().split("## Use\n")[1].split("```")[0]
+    commands = [line.split("#")[0] for line in block.splitlines() if "mvcodec " in line and "selftest" not in line]
+    assert len(commands) == 11
+    for command in commands:
+        before, _, arguments = command.partition("mvcodec ")
+        piped = (
+            b"".join(path.read_bytes() for path in sorted(Path("coded").glob("*/*.phv"))) if "cat " in before else b""
+        )
+        outcome = cli(*arguments.replace("fast-ms-ssim", "tiny").split(), stdin=piped)
+        assert outcome.code == 0, command + outcome.err
 
 
 def test_camera_and_sink(
