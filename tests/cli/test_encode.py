@@ -123,6 +123,14 @@ def test_a_file_called_like_stdin_can_be_named(cli: Cli, scene: Path) -> None:
     assert header("a.phv").camera_id == "-"
 
 
+def test_a_name_that_is_not_utf_8_is_coded_and_told(cli: Cli, scene: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(scene / "C1/00000000.png", name)
+    (record,) = cli("encode", name, "--json").records
+    assert (record["file"], record["camera_id"]) == (name, "caf_-" + record["camera_id"][-8:])
+    assert b"caf\\udce9.phv: intact" in cli("verify", record["output"]).out
+
+
 def test_pipes(cli: Cli, scene: Path) -> None:
     picture = (scene / "C1/00000000.png").read_bytes()
     outcome = cli("encode", "-", "--camera-id", "C1", "-q", "30", stdin=picture)

@@ -36,11 +36,11 @@ class Report:
         self.successes += 1
         if self.as_json:
             told = {key: None if value != value else value for key, value in record.items()}  # no nan in JSON
-            click.echo(json.dumps(told, ensure_ascii=False, allow_nan=False))
+            click.echo(_printable(json.dumps(told, ensure_ascii=False, allow_nan=False)))
         elif text is not None and err:
             self.note(text)
         elif text is not None:
-            click.echo(text)
+            click.echo(_printable(text))
 
     def skipped(self, name: str, path: object) -> None:
         """A file whose output was there already."""
@@ -106,6 +106,11 @@ class Report:
             return
         alone = len(self.failures) == 1 and self.successes == 0
         raise click.exceptions.Exit(self.failures[0] if alone else BatchError.exit_code)
+
+
+def _printable(text: str) -> str:
+    """Names of files may be no UTF-8: what is not becomes an escape that JSON has, too."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def reporting(command: F) -> F:
