@@ -70,6 +70,28 @@ def test_what_was_prepared_of_another_model_is_prepared_anew(config, tmp_path):
         assert file.read_bytes() == (clean / file.relative_to(run)).read_bytes()
 
 
+def test_folders_that_no_run_prepared_are_refused_and_left(config, tmp_path):
+    run = tmp_path / "refine"
+    for name in ("pairs", "examples"):
+        own = run / name / "0.safetensors"  # as an older version would have left it, or anybody
+        own.parent.mkdir(parents=True)
+        own.write_text("mine")
+        with pytest.raises(UsageError, match=f"holds `{name}`"):
+            train(config, progress=False)
+        assert [path for path in run.rglob("*") if path.is_file()] == [own]
+        own.unlink()  # an empty folder is nobody's
+
+
+def test_of_what_was_prepared_before_only_that_is_deleted(tmp_path):
+    folder = refinement.only_of(tmp_path / "pairs", "one")
+    for name in ("0.safetensors", "17.safetensors", "notes.txt", "mine.safetensors"):
+        (folder / name).touch()
+    refinement.only_of(folder, "one")
+    assert (folder / "17.safetensors").exists()
+    refinement.only_of(folder, "another")
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.safetensors", "notes.txt", "of.txt"]
+
+
 @pytest.mark.parametrize("settings", [{"validation": "scenes"}, {"compile": True}, {"optimizer": "muon"}])
 def test_settings_of_other_stages_are_refused(config, settings):
     with pytest.raises(UsageError, match=f"--{next(iter(settings))} is nothing that stage refine knows"):

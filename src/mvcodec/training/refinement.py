@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -58,6 +57,8 @@ SETS = 120  # windows of a scene, decoded and aligned: about 3 s of one core eac
 SPOTS = 4  # examples per view
 BEYOND = 0.1  # of the scale of qualities: drawn from so much more at both ends, and clipped
 HARM_WEIGHT = 2.0
+PAIRS, EXAMPLES = "pairs", "examples"  # folders of a run, for what is prepared
+MARK = "of.txt"  # in each of them: the fingerprint of what it was prepared of
 
 # views and one quality in [0, 1] for each -> the views as decoded alone and the same cleaned, [K, 3, H, W] in [0, 1]
 Decoder = Callable[[Tensor, list[float]], tuple[Tensor, Tensor]]
@@ -276,13 +277,25 @@ def fingerprint(net: ParaHydra, data: Path, seed: int) -> str:
 
 
 def only_of(folder: Path, fingerprint: str) -> Path:
-    """The folder, without what was prepared in it of anything else."""
-    mark = folder / "of.txt"
+    """The folder, without what was prepared in it of anything else; what else lies there is not ours to delete."""
+    mark = folder / MARK
     if not mark.exists() or mark.read_text() != fingerprint:
-        shutil.rmtree(folder, ignore_errors=True)
+        for file in folder.glob("*.safetensors"):
+            if file.stem.isdecimal():
+                file.unlink()
         with atomic(mark) as file:
             file.write(fingerprint.encode())
     return folder
+
+
+def refuse_foreign(run: Path) -> None:
+    """UsageError where a folder that this stage would fill holds something and was not marked by `only_of`."""
+    for name in (PAIRS, EXAMPLES):
+        folder = run / name
+        if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(
+                f"--out {run}: holds `{name}`, which is none of a run of this version; move it away or name another"
+            )
 
 
 def check(config: TrainConfig) -> None:
@@ -300,6 +313,7 @@ def check(config: TrainConfig) -> None:
             raise UsageError(f"{option} is nothing that stage refine knows; leave it out")
     if not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
         raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
+    refuse_foreign(Path(config.run_dir))
 
 
 def refine(config: TrainConfig, progress: bool = True) -> Path:
@@ -331,10 +345,10 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     of = fingerprint(net, Path(config.data), config.seed)
     if state is None:  # what resumes has learned it, or began before there was such a thing
         fresh = (SteadyFlow() if steady is None else steady).requires_grad_(True)
-        steady = steadied(fresh, scenes, only_of(run / "pairs", of), decoder, config.seed, progress)
+        steady = steadied(fresh, scenes, only_of(run / PAIRS, of), decoder, config.seed, progress)
     if steady is not None:
         of += digest(steady.state_dict())
-    data = read_examples(cache(scenes, only_of(run / "examples", of), decoder, steady, config.seed, progress))
+    data = read_examples(cache(scenes, only_of(run / EXAMPLES, of), decoder, steady, config.seed, progress))
     refinement.steady = None if steady is None else steady.to(device)
 
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99))
