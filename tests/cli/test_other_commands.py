@@ -141,6 +141,13 @@ def test_demo_overwrites_nothing_but_an_earlier_demo(cli: Cli, scene: Path) -> N
     refused("is the folder of the pictures", scene)
     other = shutil.copytree(scene, "other")
     refused("is of no earlier demo", Path(other))
+    assert cli("encode", scene, "-o", "coded").code == 0
+    refused("is of no earlier demo", Path("coded"))
+    assert cli("decode", "coded", "-o", "coded").code == 0  # a .phv beside its picture is no demo's, either
+    refused("is of no earlier demo", Path("coded"))
+    Path("figures").mkdir()
+    shutil.copy(scene / "C1/00000000.png", "figures/comparison.png")
+    refused("figures/comparison.png: is of no earlier demo", Path("figures"))
     shutil.copy(scene / "C1/00000000.png", scene / "C1/00000000.bmp")
     refused("is one of 2 pictures of camera C1", Path("demo"))
     (scene / "C1/00000000.bmp").rename(scene / "comparison.bmp")

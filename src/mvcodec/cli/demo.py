@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mvcodec.images import Image
 
 COMPARISON = "comparison.png"
+MARK = ".mvcodec-demo"  # of a folder in which a demo has begun to write: a later one may write anew
 COLUMNS = f"{'camera':<26}{'bytes':>9}{'bpp':>8}{'PSNR':>17}{'MS-SSIM':>19}{'seconds':>16}"
 UNITS = f"{'':<26}{'':>9}{'':>8}{'alone  joint':>17}{'alone   joint':>19}{'encode  decode':>16}"
 
@@ -63,6 +64,8 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
     scenes = find_scenes(place, results=folder)
     targets = _targets(scenes, place, folder)
     weights = api.load_model(model, device)
+    with atomic(folder / MARK):
+        pass
     report.note(f"model {weights.name} {weights.id.hex()} on {weights.device}, quality {quality:g}")
 
     def encode(path: Path) -> View:
@@ -127,11 +130,12 @@ def _targets(scenes: Mapping[str, Sequence[Path]], place: Path, folder: Path) ->
                 raise UsageError(
                     f"{target}: both {taken[target]} and {path} would be written there; rename the picture"
                 )
-            if target.exists() and not target.with_suffix(STREAM_SUFFIX).exists():
-                raise UsageError(f"{target}: is of no earlier demo; name another folder with -o")
             taken[target] = str(path)
     if lost := [target for target in taken if target.resolve() in originals]:
         raise UsageError(f"{lost[0]}: is one of the pictures; name another folder with -o")
+    files = [*taken, *(target.with_suffix(STREAM_SUFFIX) for target in targets.values())]
+    if not (folder / MARK).exists() and (foreign := [file for file in files if file.exists()]):
+        raise UsageError(f"{foreign[0]}: is of no earlier demo; name another folder with -o")
     return targets
 
 
