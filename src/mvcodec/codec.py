@@ -106,10 +106,7 @@ def encode_view(
     """`encode_image`, with the decoder's latents and, if asked, the estimate of the file's bits. Eq. (1)-(4)."""
     if not 0 <= quality <= 100:
         raise UsageError(f"quality {quality} is not between 0 and 100")
-    if not 0 <= effort <= MOST_EFFORT:
-        raise UsageError(f"effort {effort} is not between 0 and {MOST_EFFORT}")
-    if effort and (sought := model.about.get("distortion", "mse")) != "mse":
-        raise UsageError(f"effort {effort} would lower squared error, but {model.name} was trained for {sought}; use 0")
+    check_effort(model, effort)
     quality = round(quality * 100) / 100  # as the header stores it
     model = model.within(max_memory)
     net = model.net
@@ -387,6 +384,14 @@ def check_model(model: Model, header: Header) -> None:
             f"file was written with {header.profile} model {header.model_id.hex()}, "
             f"but {model.name} is {model.id.hex()}; pass the model it was written with"
         )
+
+
+def check_effort(model: Model, effort: int) -> None:
+    """UsageError for an effort that there is not, or not with this model."""
+    if not 0 <= effort <= MOST_EFFORT:
+        raise UsageError(f"effort {effort} is not between 0 and {MOST_EFFORT}")
+    if effort and (sought := model.about.get("distortion", "mse")) != "mse":
+        raise UsageError(f"effort {effort} would lower squared error, but {model.name} was trained for {sought}; use 0")
 
 
 def samples(image: Image) -> Tensor:

@@ -205,6 +205,13 @@ def test_too_few_qualities_are_refused_before_any_work(scenes, tiny_model, tmp_p
         evaluate(scenes, tiny_model, tmp_path, qualities=(10, 10, 20, 30))
 
 
+def test_an_effort_that_the_model_cannot_serve_is_refused_before_any_work(scenes, tiny_model, tmp_path):
+    trained = replace(tiny_model, about={"distortion": "ms-ssim"})
+    with pytest.raises(UsageError, match="was trained for ms-ssim"):
+        evaluate(scenes, trained, tmp_path, qualities=QUALITIES, peers=["jpeg"], effort=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_decodes_to_something_else_stops_the_evaluation(tiny_model, scenes, tmp_path, monkeypatch):
     (scene,) = read_scenes(scenes, ["small"])
     other = SimpleNamespace(pixels=scene.views[0].pixels)

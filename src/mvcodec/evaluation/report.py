@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvcodec.codec import check_effort
 from mvcodec.errors import MvcodecError, UsageError
 from mvcodec.evaluation import bdrate
 from mvcodec.evaluation.measure import JOINT, SEPARATE, Tell, fingerprint, measure_ours, measure_peer, usable_peers
@@ -103,6 +104,7 @@ def evaluate(
     """
     if len(set(qualities)) < bdrate.MIN_POINTS:
         raise UsageError(f"{len(set(qualities))} qualities; a curve needs at least {bdrate.MIN_POINTS}")
+    check_effort(model, effort)
     usable = usable_peers(peers, tell)
     ours, others = Ledger(out / "mvcodec.jsonl"), Ledger(peer_results or out / "peers.jsonl")
     points: list[Point] = []
