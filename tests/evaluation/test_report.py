@@ -212,6 +212,29 @@ def test_an_effort_that_the_model_cannot_serve_is_refused_before_any_work(scenes
     assert not list(tmp_path.iterdir())
 
 
+def test_views_that_no_common_frame_holds_are_decoded_as_by_decode(tiny_model, tmp_path, monkeypatch):
+    strips = {"a": smooth_picture(64, 512), "b": smooth_picture(512, 64), "c": smooth_picture(64, 256)}
+    (tmp_path / "scene").mkdir()
+    for name, pixels in strips.items():
+        pil.fromarray(pixels).save(tmp_path / "scene" / f"{name}.png")
+    frames, reconstruct = [], codec.reconstruct
+
+    def seen(model, latents, qualities, joint, *options):
+        if joint:
+            frames.append([tuple(y.shape[2:]) for y in latents])
+        return reconstruct(model, latents, qualities, joint, *options)
+
+    monkeypatch.setattr(codec, "reconstruct", seen)
+    files = [encode_image(tiny_model, Image(pixels), 50.0, camera_id=name) for name, pixels in strips.items()]
+    views = {view.header.camera_id: view.pixels for view in decode_set(tiny_model, files)}
+    assert len(frames) == 2
+    (scene,) = read_scenes(tmp_path)
+    points = list(measure.measure_ours(scene, tiny_model, [50.0], Ledger(tmp_path / "l"), lambda sentence: None))
+    assert frames[2:] == frames[:2]
+    found = {point.view: point.psnr_db for point in points if point.codec == JOINT}
+    assert found == pytest.approx({name: psnr(strips[name], views[name]) for name in strips}, abs=1e-9)
+
+
 def test_a_file_that_decodes_to_something_else_stops_the_evaluation(tiny_model, scenes, tmp_path, monkeypatch):
     (scene,) = read_scenes(scenes, ["small"])
     other = SimpleNamespace(pixels=scene.views[0].pixels)

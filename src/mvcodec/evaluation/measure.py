@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mvcodec import codec, container
 from mvcodec.errors import DesyncError, MvcodecError
@@ -82,11 +83,15 @@ def _our_points(scene: Scene, model: Model, version: str, quality: float, effort
     ]
     headers = [container.unpack_header(view.data) for view in coded]
     latents = [view.y_hat for view in coded]
+    sizes = [(y.shape[2], y.shape[3]) for y in latents]
     quality_of = torch.tensor([header.quality / 100 for header in headers], device=model.device)
     points = []
     for name, joint in ((SEPARATE, False), (JOINT, True)):
-        pictures = codec.reconstruct(model, latents, quality_of, joint).pictures
-        decoded = [codec.to_image(p, h).pixels.astype(np.uint8) for p, h in zip(pictures, headers, strict=True)]
+        pictures: dict[int, Tensor] = {}
+        for group in codec.in_frames(sizes) if joint else [list(range(len(sizes)))]:
+            found = codec.reconstruct(model, [latents[k] for k in group], quality_of[group], joint).pictures
+            pictures |= dict(zip(group, found, strict=True))
+        decoded = [codec.to_image(pictures[k], h).pixels.astype(np.uint8) for k, h in enumerate(headers)]
         if prove and not joint:
             _prove(model, coded[0].data, decoded[0])
         for view, file, pixels in zip(scene.views, coded, decoded, strict=True):
