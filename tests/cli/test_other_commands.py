@@ -179,6 +179,17 @@ def test_a_stage_that_moves_no_bit_keeps_the_model_id(cli: Cli, scene: Path, tin
     assert load_model("again.safetensors").id == load_model(tiny_model_file).id
 
 
+def test_minutes_that_end_while_the_refinement_prepares_leave_what_is_prepared(
+    cli: Cli, scene: Path, tiny_model_file: Path
+) -> None:
+    args = ("train", scene, "--config", "fast-refine", "--profile", "tiny", "--out", "run", "--minutes", 1e-9)
+    outcome = cli(*args, "--start-from", tiny_model_file, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.records == [{"checkpoint": None, "weights": None, "model_id": None}]
+    assert "stage refine: reading" in outcome.err
+    assert [path.name for path in Path("run/pairs").glob("*.safetensors")] == ["0.safetensors"]
+
+
 def test_selftest_tells_each_check_and_ends_with_7_where_one_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "CHECKS", (selftest.proofs, selftest.coder))
     assert [record["check"] for record in cli("selftest", "--json").records] == ["proofs", "coder"]

@@ -84,7 +84,7 @@ def test_learns_to_undo_what_noise_does(tmp_path, monkeypatch: pytest.MonkeyPatc
     def coder(pictures: Tensor, _: list[float]) -> Tensor:
         return (pictures + 0.1 * torch.randn_like(pictures)).clamp(0, 1)
 
-    files = steadying.prepare(lambda _: views(), tmp_path, coder, seed=0, progress=False)
+    files = steadying.prepare(lambda _: views(), tmp_path, coder, seed=0, progress=False, made=lambda: None)
     assert len(files) == 2
     torch.manual_seed(0)
     network = SteadyFlow()
@@ -93,3 +93,15 @@ def test_learns_to_undo_what_noise_does(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert held_back is not None
     way = steadying.one_way(held_back, 0, (False, False), False)
     assert steadying.loss(network, way) < 0.95 * steadying.loss(SteadyFlow(), way)
+
+
+def test_a_try_that_gave_no_lesson_is_not_made_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steadying, "TRIES", 2)
+    monkeypatch.setattr(steadying, "lesson", lambda views, *_: {"flow": views})
+    drawn, tries = [torch.ones(2, 3, 8, 8), None], []
+    for _ in range(2):
+        files = steadying.prepare(
+            lambda _: drawn.pop(), tmp_path, lambda x, _: x, seed=0, progress=False, made=lambda: tries.append(1)
+        )
+        assert [file.name for file in files] == ["1.safetensors"]
+    assert len(tries) == 2

@@ -212,7 +212,12 @@ def test_a_run_within_its_pictures_is_refused(config):
 
 
 def test_a_run_of_another_kind_is_not_resumed(config, single, tmp_path):
-    for settings in ({"stage": "joint"}, {"stage": "refine"}, {"optimizer": "muon"}, {"profile": "fast"}):
+    for settings in (
+        {"stage": "joint"},
+        {"stage": "refine", "crop": 256, "max_views": 6},
+        {"optimizer": "muon"},
+        {"profile": "fast"},
+    ):
         (name, value), *_ = settings.items()
         with pytest.raises(UsageError, match=f"was trained with --{name} .*, not {value}"):
             train(replace(config, run_dir=str(single.parent), data=str(tmp_path / "none"), **settings), progress=False)

@@ -23,13 +23,21 @@ def config(scenes_folder, tmp_path, monkeypatch):
         data=str(scenes_folder), run_dir=str(tmp_path / "single"), profile="tiny", steps=1, batch=1, crop=64, threads=1
     )
     return replace(
-        single, stage="refine", run_dir=str(tmp_path / "refine"), steps=4, batch=2, start_from=str(train(single, False))
+        single,
+        stage="refine",
+        run_dir=str(tmp_path / "refine"),
+        steps=4,
+        batch=2,
+        crop=TrainConfig.crop,
+        start_from=str(train(single, False)),
     )
 
 
-def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
+def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path, capsys):
     before = torch.load(config.start_from, weights_only=True)["ema"]
     checkpoint = train(config, progress=False)
+    told = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["reading", "decoding", "steadying", "decoding", "training,"]
     after = torch.load(checkpoint, weights_only=True)["ema"]
     changed = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
     assert {"refinement.pair_out.weight", "refinement.steady.last.weight"} <= changed
@@ -43,10 +51,24 @@ def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path):
     assert refined.refinement.steady is not None
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, interrupted):
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, interrupted, capsys, monkeypatch):
     whole = torch.load(train(config, progress=False), weights_only=True)["refinement"]
     parted = replace(config, run_dir=str(tmp_path / "parted"))
-    train(replace(parted, minutes=1e-9), progress=False)  # stops after one step
+    lessons, learn = [], steadying.learn
+
+    def learning(*lesson):
+        lessons.append(lesson)
+        learn(*lesson)
+
+    monkeypatch.setattr(steadying, "learn", learning)
+    capsys.readouterr()
+    # Two tries of pairs, the network they teach, two sets of views: each ends a run. Then training's first step does.
+    for _ in range(6):
+        assert not (tmp_path / "parted" / "checkpoint.pt").exists()
+        train(replace(parted, minutes=1e-9), progress=False, quiet=True)
+    assert len(lessons) == 1
+    assert not capsys.readouterr().err
+    assert torch.load(tmp_path / "parted" / "checkpoint.pt", weights_only=True)["step"] == 1
     interrupted(lambda: train(parted, progress=False))
     resumed = torch.load(train(parted, progress=False), weights_only=True)
     assert resumed["step"] == 4
@@ -84,7 +106,7 @@ def test_folders_that_no_run_prepared_are_refused_and_left(config, tmp_path):
 
 def test_of_what_was_prepared_before_only_that_is_deleted(tmp_path):
     folder = refinement.only_of(tmp_path / "pairs", "one")
-    for name in ("0.safetensors", "17.safetensors", "notes.txt", "mine.safetensors"):
+    for name in ("0.safetensors", "17.safetensors", "steady.safetensors", "notes.txt", "mine.safetensors"):
         (folder / name).touch()
     refinement.only_of(folder, "one")
     assert (folder / "17.safetensors").exists()
@@ -92,9 +114,25 @@ def test_of_what_was_prepared_before_only_that_is_deleted(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["mine.safetensors", "notes.txt", "of.txt"]
 
 
-@pytest.mark.parametrize("settings", [{"validation": "scenes"}, {"compile": True}, {"optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"validation": "scenes"},
+        {"compile": True},
+        {"optimizer": "muon"},
+        {"crop": 128},
+        {"crop_width": 384},
+        {"max_views": 4},
+        {"jitter": 0.5},
+        {"synthetic": 0.5},
+        {"parallax": 0.3},
+        {"synthesis": True},
+        {"workers": 2},
+    ],
+)
 def test_settings_of_other_stages_are_refused(config, settings):
-    with pytest.raises(UsageError, match=f"--{next(iter(settings))} is nothing that stage refine knows"):
+    option = next(iter(settings)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"--{option} is nothing that stage refine knows"):
         refinement.refine(replace(config, **settings))
 
 

@@ -180,6 +180,10 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
         checkpoint = train_(config, first and not report.quiet and sys.stderr.isatty(), report.quiet)
     if not first:
         return
+    if not checkpoint.exists():  # --minutes ended while stage refine prepared
+        nothing = dict.fromkeys(("checkpoint", "weights", "model_id"))
+        report.result(nothing, f"{run}: nothing trained yet, prepared in part; --resume goes on")
+        return
     weights = run / f"{read_checkpoint(checkpoint)['model_config']['profile']}.safetensors"
     identity = export_checkpoint(checkpoint, weights, Path(config.data)).hex()
     record = {"checkpoint": str(checkpoint), "weights": str(weights), "model_id": identity}

@@ -314,7 +314,8 @@ def check(config: TrainConfig) -> None:
 def train(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Path:
     """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path.
 
-    progress: with bars; quiet: without validation's lines, too.
+    progress: with bars; quiet: without lines on validation and phases, too. Stage refine may end without a checkpoint
+    where `minutes` are few.
     """
     for name in (config.data, config.validation):
         if name and Path(config.run_dir).resolve().is_relative_to(Path(name).resolve()):
@@ -324,7 +325,7 @@ def train(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Pa
     if config.stage == "refine":
         from mvcodec.training.refinement import refine
 
-        return refine(config, progress)
+        return refine(config, progress, quiet)
     if config.validation:
         refuse_overlap(Path(config.data), Path(config.validation))
     trainer = Trainer(config, progress, quiet)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -58,12 +59,17 @@ SPOTS = 4  # examples per view
 BEYOND = 0.1  # of the scale of qualities: drawn from so much more at both ends, and clipped
 HARM_WEIGHT = 2.0
 PAIRS, EXAMPLES = "pairs", "examples"  # folders of a run, for what is prepared
+STEADY = "steady.safetensors"  # in PAIRS: the network that has learned from them
 MARK = "of.txt"  # in each of them: the fingerprint of what it was prepared of
 
 # views and one quality in [0, 1] for each -> the views as decoded alone and the same cleaned, [K, 3, H, W] in [0, 1]
 Decoder = Callable[[Tensor, list[float]], tuple[Tensor, Tensor]]
 Example = dict[str, Tensor]
 PARTS = ("pair", "pair_out", "head")  # what this stage trains
+UNKNOWN = (  # settings of other stages
+    "validation", "validate_every", "compile", "optimizer", "workers", "crop", "crop_width", "max_views", "jitter",
+    "synthetic", "parallax", "synthesis",
+)  # fmt: skip
 
 
 def decode_alone(net: ParaHydra) -> Decoder:
@@ -152,10 +158,22 @@ def _spots(consistency: Tensor, count: int, rng: np.random.Generator) -> Iterato
         yield max(corners, key=lambda c: float(consistency[c[0] : c[0] + CROP, c[1] : c[1] + CROP].mean()))
 
 
+class Watch(NamedTuple):
+    """Who looks on while a run prepares."""
+
+    progress: bool  # with bars
+    say: Callable[[str], None]  # told of each phase, which may take minutes
+    made: Callable[[], None]  # called after each piece of work, which is kept; may raise
+
+
 def steadied(
-    steady: SteadyFlow, scenes: list[Scene], folder: Path, decoder: Decoder, seed: int, progress: bool
+    steady: SteadyFlow, scenes: list[Scene], folder: Path, decoder: Decoder, seed: int, watch: Watch
 ) -> SteadyFlow:
-    """`steady`, trained on flow between what the codec decodes."""
+    """`steady`, trained on flow between what the codec decodes; both are kept in the folder."""
+    kept = folder / STEADY
+    if kept.exists():
+        steady.load_state_dict(load_file(kept))
+        return steady.requires_grad_(False)
 
     def draw(rng: np.random.Generator) -> Tensor | None:
         windows = overlapping_windows(scenes[int(rng.integers(len(scenes)))], PAIR_WINDOW, rng)
@@ -163,19 +181,31 @@ def steadied(
             return None
         return to_tensor([windows[n] for n in rng.permutation(len(windows))[:2]])
 
-    files = steadying.prepare(draw, folder, lambda views, qualities: decoder(views, qualities)[1], seed, progress)
-    steadying.learn(steady, files, seed, progress)
+    def coder(views: Tensor, qualities: list[float]) -> Tensor:
+        return decoder(views, qualities)[1]
+
+    watch.say(f"stage refine: decoding and aligning pairs of views, {steadying.TRIES} tries")
+    files = steadying.prepare(draw, folder, coder, seed, watch.progress, watch.made)
+    watch.say(f"stage refine: steadying the flow, {steadying.STEPS} steps")
+    steadying.learn(steady.requires_grad_(True), files, seed, watch.progress)
+    save_tensors(steady.state_dict(), kept)
+    watch.made()
     return steady.requires_grad_(False)
 
 
 def cache(
-    scenes: list[Scene], folder: Path, decoder: Decoder, steady: SteadyFlow | None, seed: int, progress: bool
+    scenes: list[Scene],
+    folder: Path,
+    decoder: Decoder,
+    steady: SteadyFlow | None,
+    seed: int,
+    watch: Watch,
 ) -> list[Path]:
     """One file of examples per set of views; files that exist are kept. Scenes too small for a crop are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng(seed).permutation(len(scenes))
     files = []
-    for n in tqdm(range(SETS), desc="decoding and aligning", disable=not progress, leave=False):
+    for n in tqdm(range(SETS), desc="decoding and aligning", disable=not watch.progress, leave=False):
         rng = np.random.default_rng((seed, n))
         windows = overlapping_windows(scenes[order[n % len(scenes)]], WINDOW, rng)[: SIDES + 1]
         if len(windows) < 2 or min(windows[0].shape[:2]) < CROP:
@@ -183,6 +213,7 @@ def cache(
         file = folder / f"{n}.safetensors"
         if not file.exists():
             save_tensors(examples(windows, decoder, rng, steady=steady), file)
+            watch.made()
         files.append(file)
     if not files:
         raise UsageError(f"no scene has two views of one size, at least {CROP}x{CROP}: nothing to refine")
@@ -280,9 +311,9 @@ def only_of(folder: Path, fingerprint: str) -> Path:
     """The folder, without what was prepared in it of anything else; what else lies there is not ours to delete."""
     mark = folder / MARK
     if not mark.exists() or mark.read_text() != fingerprint:
-        for file in folder.glob("*.safetensors"):
-            if file.stem.isdecimal():
-                file.unlink()
+        for old in folder.glob("*.safetensors"):
+            if old.stem.isdecimal() or old.name == STEADY:
+                old.unlink()
         with atomic(mark) as file:
             file.write(fingerprint.encode())
     return folder
@@ -303,21 +334,49 @@ def check(config: TrainConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("stage refine runs in one process; start it without torchrun")
     check_distortion(config.distortion)
-    unknown = {
-        "--validation": config.validation,
-        "--compile": config.compile,
-        "--optimizer": config.optimizer != "adamw",
-    }
-    for option, given in unknown.items():
-        if given:
-            raise UsageError(f"{option} is nothing that stage refine knows; leave it out")
+    for name in UNKNOWN:
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise UsageError(f"--{name.replace('_', '-')} is nothing that stage refine knows; leave it out")
     if not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
         raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
     refuse_foreign(Path(config.run_dir))
 
 
-def refine(config: TrainConfig, progress: bool = True) -> Path:
-    """Run stage `refine` of `config`, resuming if its folder has a checkpoint; returns the checkpoint's path."""
+class OutOfTime(Exception):
+    """The run's minutes are over before all is prepared."""
+
+
+class Prepared(NamedTuple):
+    """What training needs: the network that steadies the flow, and the files of examples aligned with it."""
+
+    steady: SteadyFlow | None
+    files: list[Path]
+
+
+def prepare(net: ParaHydra, config: TrainConfig, resumed: bool, watch: Watch) -> Prepared:
+    """What is there already is kept."""
+    assert net.refinement is not None
+    run, data = Path(config.run_dir), Path(config.data)
+    watch.say(f"stage refine: reading {data}")
+    scenes, decoder = load_scenes(data, watch.progress), decode_alone(net)
+    steady = None if net.refinement.steady is None else deepcopy(net.refinement.steady).cpu()
+    of = fingerprint(net, data, config.seed)
+    if not resumed:  # what resumes has learned it, or began before there was such a thing
+        fresh = SteadyFlow() if steady is None else steady
+        folder = only_of(run / PAIRS, of + digest(fresh.state_dict()))
+        steady = steadied(fresh, scenes, folder, decoder, config.seed, watch)
+    if steady is not None:
+        of += digest(steady.state_dict())
+    watch.say(f"stage refine: decoding and aligning sets of views, {SETS} at most")
+    return Prepared(steady, cache(scenes, only_of(run / EXAMPLES, of), decoder, steady, config.seed, watch))
+
+
+def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Path:
+    """Run stage `refine` of `config`, resuming if its folder has a checkpoint; returns the checkpoint's path.
+
+    There is no checkpoint where `minutes` ended while the run prepared; what it has prepared stays.
+    """
+    started = time.monotonic()
     check(config)
     run = Path(config.run_dir)
     checkpoint = run / "checkpoint.pt"
@@ -340,15 +399,23 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
     for part in PARTS:
         refinement.get_submodule(part).requires_grad_(True)
     trained = [parameter for parameter in refinement.parameters() if parameter.requires_grad]
-    scenes, decoder = load_scenes(Path(config.data), progress), decode_alone(net)
-    steady = None if refinement.steady is None else deepcopy(refinement.steady).cpu()
-    of = fingerprint(net, Path(config.data), config.seed)
-    if state is None:  # what resumes has learned it, or began before there was such a thing
-        fresh = (SteadyFlow() if steady is None else steady).requires_grad_(True)
-        steady = steadied(fresh, scenes, only_of(run / PAIRS, of), decoder, config.seed, progress)
-    if steady is not None:
-        of += digest(steady.state_dict())
-    data = read_examples(cache(scenes, only_of(run / EXAMPLES, of), decoder, steady, config.seed, progress))
+
+    def over() -> bool:
+        return bool(config.minutes) and time.monotonic() - started > 60 * config.minutes
+
+    def say(sentence: str) -> None:
+        if not quiet:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def made() -> None:
+        if over():
+            raise OutOfTime
+
+    try:
+        steady, files = prepare(net, config, state is not None, Watch(progress, say, made))
+    except OutOfTime:
+        return checkpoint
+    data = read_examples(files)
     refinement.steady = None if steady is None else steady.to(device)
 
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99))
@@ -377,7 +444,8 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
         draw_if_possible(run)
         rows.clear()
 
-    started = saved = time.monotonic()
+    say(f"stage refine: training, step {step} of {config.steps}")
+    saved = time.monotonic()
     rows: list[dict[str, float]] = []
     bar = tqdm(total=config.steps, initial=step, disable=not progress, unit="step")
     try:
@@ -401,7 +469,7 @@ def refine(config: TrainConfig, progress: bool = True) -> Path:
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save(rows)
                 saved = time.monotonic()
-            if config.minutes and time.monotonic() - started > 60 * config.minutes:
+            if over():
                 break
     finally:
         if rows:

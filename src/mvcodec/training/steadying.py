@@ -92,18 +92,30 @@ def loss(steady: SteadyFlow, way: Lesson) -> Tensor:
 
 
 def prepare(
-    draw: Callable[[np.random.Generator], Tensor | None], folder: Path, coder: Coder, seed: int, progress: bool
+    draw: Callable[[np.random.Generator], Tensor | None],
+    folder: Path,
+    coder: Coder,
+    seed: int,
+    progress: bool,
+    made: Callable[[], None],
 ) -> list[Path]:
-    """One file for each pair of views that overlaps; files that exist are kept. draw: two views, if it finds any."""
+    """One file for each pair of views that overlaps; files that exist are kept. draw: two views, if it finds any.
+
+    made: called after each try. One that gives no lesson leaves an empty file, so that it is not made again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for n in tqdm(range(TRIES), desc="flow of coded and uncoded views", disable=not progress, leave=False):
         file, rng = folder / f"{n}.safetensors", np.random.default_rng((seed, n))
-        views = None if file.exists() else draw(rng)
-        found = None if views is None else lesson(views, coder, rng)
-        if found is not None:
-            save_tensors(found, file)
-        if file.exists():
+        if not file.exists():
+            views = draw(rng)
+            found = None if views is None else lesson(views, coder, rng)
+            if found is None:
+                file.touch()
+            else:
+                save_tensors(found, file)
+            made()
+        if file.stat().st_size:
             files.append(file)
     return files
 
