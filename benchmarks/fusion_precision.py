@@ -30,7 +30,7 @@ from mvcodec.nn.warping import pixel_grid, sample, warp
 from mvcodec.parahydra import ParaHydra
 from mvcodec.training.checkpoint import starting_weights
 from mvcodec.training.data import load_scenes
-from mvcodec.training.refinement import decode_alone, to_tensor
+from mvcodec.training.preparation import decode_alone, to_tensor
 from mvcodec.training.sampling import CropSampler, overlapping_crops
 
 BLOCK = 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvcodec.errors import UsageError
-from mvcodec.training import refinement, steadying
+from mvcodec.training import preparation, refinement, steadying
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import train
@@ -15,7 +15,9 @@ from mvcodec.weights import load_model
 
 @pytest.fixture
 def config(scenes_folder, tmp_path, monkeypatch):
-    for name, value in {"WINDOW": 128, "PAIR_WINDOW": 128, "CROP": 96, "TRAINED_CROP": {"mse": 64}, "SETS": 2}.items():
+    for name, value in {"WINDOW": 128, "PAIR_WINDOW": 128, "CROP": 96, "SETS": 2}.items():
+        monkeypatch.setattr(preparation, name, value)
+    for name, value in {"CROP": 96, "TRAINED_CROP": {"mse": 64}}.items():
         monkeypatch.setattr(refinement, name, value)
     for name, value in {"TRIES": 2, "STEPS": 2, "OVERLAP": 0.0}.items():
         monkeypatch.setattr(steadying, name, value)
@@ -105,12 +107,12 @@ def test_folders_that_no_run_prepared_are_refused_and_left(config, tmp_path):
 
 
 def test_of_what_was_prepared_before_only_that_is_deleted(tmp_path):
-    folder = refinement.only_of(tmp_path / "pairs", "one")
+    folder = preparation.only_of(tmp_path / "pairs", "one")
     for name in ("0.safetensors", "17.safetensors", "steady.safetensors", "notes.txt", "mine.safetensors"):
         (folder / name).touch()
-    refinement.only_of(folder, "one")
+    preparation.only_of(folder, "one")
     assert (folder / "17.safetensors").exists()
-    refinement.only_of(folder, "another")
+    preparation.only_of(folder, "another")
     assert sorted(path.name for path in folder.iterdir()) == ["mine.safetensors", "notes.txt", "of.txt"]
 
 
