@@ -8,7 +8,8 @@ from torch import Tensor
 from mvcodec.nn import aligned_refinement
 from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, _halve, _plane, _restore, match_colours, see
 from mvcodec.nn.alignment import Sight, sights
-from mvcodec.training.refinement import CROP, batch_of, examples, loss
+from mvcodec.training.preparation import CROP, examples
+from mvcodec.training.refinement import batch_of, loss
 from tests.test_alignment import grid, texture
 
 SIZE = (64, 96)
