@@ -210,8 +210,30 @@ def decode_set(
             on_failure(stream.header, result)
     if not decoded:
         return []
-    streams = [stream for _, stream in decoded]
-    latents = [y_hat for y_hat, _ in decoded]  # each [1, M, h_k, w_k]
+    return views_of(
+        model,
+        [stream for _, stream in decoded],
+        [y_hat for y_hat, _ in decoded],
+        joint=joint,
+        refine=refine,
+        max_memory=max_memory,
+        max_peers=max_peers,
+        maps=maps,
+    )
+
+
+def views_of(
+    model: Model,
+    streams: Sequence[Stream],
+    latents: Sequence[Tensor],
+    *,
+    joint: bool = True,
+    refine: bool = True,
+    max_memory: int | None = None,
+    max_peers: int | None = None,
+    maps: bool = False,
+) -> list[DecodedView]:
+    """What `decode_set` makes of integers: streams and the y_hat of each, [1, M, h_k, w_k] -> views, in that order."""
     qualities = torch.tensor([s.header.quality / 100 for s in streams], dtype=torch.float32)
     qualities = to_device(qualities, model.device)
     known = [s.damage is None or not s.damage.missing for s in streams]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mvcodec import codec, container
 from mvcodec.errors import DesyncError, MvcodecError
@@ -81,17 +80,12 @@ def _our_points(scene: Scene, model: Model, version: str, quality: float, effort
         codec.encode_view(model, Image(view.pixels), quality, camera_id=view.name, effort=effort, estimate=True)
         for view in scene.views
     ]
-    headers = [container.unpack_header(view.data) for view in coded]
+    streams = [container.unpack(view.data) for view in coded]
     latents = [view.y_hat for view in coded]
-    sizes = [(y.shape[2], y.shape[3]) for y in latents]
-    quality_of = torch.tensor([header.quality / 100 for header in headers], device=model.device)
     points = []
     for name, joint in ((SEPARATE, False), (JOINT, True)):
-        pictures: dict[int, Tensor] = {}
-        for group in codec.in_frames(sizes) if joint else [list(range(len(sizes)))]:
-            found = codec.reconstruct(model, [latents[k] for k in group], quality_of[group], joint).pictures
-            pictures |= dict(zip(group, found, strict=True))
-        decoded = [codec.to_image(pictures[k], h).pixels.astype(np.uint8) for k, h in enumerate(headers)]
+        views = codec.views_of(model, streams, latents, joint=joint)
+        decoded = [view.pixels.astype(np.uint8) for view in views]
         if prove and not joint:
             _prove(model, coded[0].data, decoded[0])
         for view, file, pixels in zip(scene.views, coded, decoded, strict=True):
