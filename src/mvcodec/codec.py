@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -383,14 +383,12 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
 
 
 def _constrained(model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, quality: Tensor, most: int) -> Tensor:
-    """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1].
-
-    Only where the synthesis has an inverse of its own (profile `paper` has none), and not in the paper's decoder.
-    """
+    """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1]."""
     net = model.net
-    coarse = net.para_jd.coarse
-    if net.refinement is None or not isinstance(coarse, KltSynthesisCoarse):
+    if not net.constrains:
         return picture
+
+    coarse = cast(KltSynthesisCoarse, net.para_jd.coarse)
 
     def picture_of(part: Tensor, views: slice) -> Tensor:
         return correction(coarse, part, net.gain.inverse(basis), quality)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
 from mvcodec.nn.para_em import ParaEM
 from mvcodec.nn.para_jd import ParaJD
+from mvcodec.nn.quantisation_constraint import correction, excess
 
 PAD_MULTIPLE = 64  # z is at 1/64
 
@@ -248,6 +249,7 @@ class ParaHydra(nn.Module):
         rate: bool = True,
         clean: bool = True,
         decode: bool = True,
+        constrain: bool = False,
     ) -> TrainingOutput:
         """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1].
 
@@ -255,6 +257,7 @@ class ParaHydra(nn.Module):
         rate=False leaves out the entropy model, for stages that change no bit: y is rounded as it is, whose errors are
         distributed nearly like those of a file's integers; bits are then zero.
         decode=False leaves out the decoder, for a stage that moves bits alone: pictures are then those given.
+        constrain: pictures are drawn back into the cells of y_hat, as the decoder does last of all.
         """
         batch, views = t.shape
         basis = hat_basis(t.flatten(), self.config.quality_knots)
@@ -267,12 +270,27 @@ class ParaHydra(nn.Module):
             y_hat, bits = hp.straight_through(y, y.round()), torch.zeros_like(t).flatten()
         if not decode:
             return TrainingOutput(pictures, bits.unflatten(0, (batch, views)))
-        y_hat = y_hat * self.gain.inverse(basis)
-        x_hat = self.para_jd(y_hat.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
+        scaled = y_hat * self.gain.inverse(basis)
+        x_hat = self.para_jd(scaled.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
         x_hat = x_hat.float()
         if clean and self.refinement is not None:
             x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
+        if constrain and self.constrains:
+            x_hat = self._constrained(x_hat.flatten(0, 1), y_hat, basis, t.flatten()).reshape(x_hat.shape)
         return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)))
+
+    @property
+    def constrains(self) -> bool:
+        """Whether decoded pictures are drawn back into their cells: not where the synthesis has no inverse of its own
+        (profile `paper`), nor in the paper's decoder."""
+        return self.refinement is not None and isinstance(self.para_jd.coarse, tf.KltSynthesisCoarse)
+
+    def _constrained(self, pictures: Tensor, y_hat: Tensor, basis: Tensor, t: Tensor) -> Tensor:
+        """Decoded pictures [B, 3, H, W] and the y_hat [B, M, h, w] that they were decoded from -> the same, drawn."""
+        y = self.g_a(pictures, basis).float() * self.gain.gain(basis)
+        coarse = cast(tf.KltSynthesisCoarse, self.para_jd.coarse)
+        with torch.autocast(y.device.type, enabled=False):
+            return pictures - correction(coarse, excess(y, y_hat), self.gain.inverse(basis), t)
 
     def _entropy(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """y [B, M, h, w], t [B] -> y_hat as the decoder will have it, bits of each view [B] (Eq. (2), (3))."""

@@ -6,11 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mvcodec.codec import decode_set, encode_image
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.exact.fixed import ACTIVATION_LIMIT
+from mvcodec.images import Image
 from mvcodec.nn.gain import rate_distortion_lambda
 from mvcodec.training.checkpoint import save_whole
 from mvcodec.training.config import TrainConfig, learning_rate
@@ -18,6 +21,7 @@ from mvcodec.training.curves import append_rows, columns, draw, draw_if_possible
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import Trainer, train
 from mvcodec.weights import load_model
+from tests.conftest import smooth_picture
 
 
 @pytest.fixture
@@ -117,6 +121,47 @@ def test_joint_stage_may_train_the_synthesis_too_and_leaves_every_bit_alone(conf
     assert any(name.startswith("para_jd.fine.") for name in changed)
 
 
+def test_decoder_stage_trains_what_turns_integers_into_pictures_and_goes_on_as_if_not_stopped(config, single, tmp_path):
+    run = replace(config, stage="decoder", start_from=str(single))
+    changed = changed_by(run)
+    decoder = ("para_jd.coarse.", "para_jd.fine.", "gain.log_inverse", "refinement.look.", "refinement.clean_out.")
+    assert {next(part for part in decoder if name.startswith(part)) for name in changed} == set(decoder)
+    whole = weights(Path(run.run_dir) / "checkpoint.pt")
+    parted = replace(run, run_dir=str(tmp_path / "parted"))
+    trainer = Trainer(parted, progress=False)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    resumed = weights(train(parted, progress=False))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_decoder_stage_sees_the_pictures_that_files_give(config, tiny_model_file):
+    """To the precision of the levels, and drawn back into their cells from where a poor decoder left them."""
+    trainer, model = (
+        Trainer(replace(config, stage="decoder", start_from=str(tiny_model_file))),
+        load_model(tiny_model_file),
+    )
+    for net in (trainer.model, model.net):
+        torch.nn.init.constant_(net.refinement.clean_out.bias, 0.5)  # 8 of 255 too bright
+    picture = smooth_picture(64, 128) // 2 + 64
+    for quality in (15, 90):
+        (decoded,) = decode_set(model, [encode_image(model, Image(picture), quality, camera_id="a")])
+        pixels, t = (
+            torch.from_numpy(picture).permute(2, 0, 1)[None, None].float() / 255,
+            torch.tensor([[quality / 100]]),
+        )
+
+        def apart(constrain: bool, decoded=decoded.pixels, pixels=pixels, t=t) -> float:
+            with torch.no_grad():
+                seen = trainer.model(pixels, t, **trainer.way | {"constrain": constrain}).pictures[0, 0]
+            return float(np.abs(255 * seen.permute(1, 2, 0).numpy() - decoded).mean())
+
+        assert trainer.way["constrain"]
+        assert apart(True) < 1  # rounding to levels alone is 0.25
+        assert apart(False) > 2
+
+
 def test_quantise_stage_rounds_what_it_trains_and_goes_on_as_if_not_stopped(config, single, tmp_path):
     run = replace(config, stage="quantise", start_from=str(single))
     changed = changed_by(run)
@@ -175,8 +220,9 @@ def test_rate_warms_up_and_decays(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": "both"}, "none of single, quantise, joint, refine"),
-        ({"stage": "quantise"}, "needs the checkpoint of an earlier stage"),
+        ({"stage": "both"}, "none of single, decoder, quantise, joint, refine"),
+        ({"stage": "quantise"}, "stage quantise needs the checkpoint of an earlier stage"),
+        ({"stage": "decoder"}, "stage decoder needs the checkpoint of an earlier stage"),
         ({"optimizer": "sgd"}, "none of adamw, muon"),
         ({"distortion": "vmaf"}, "none of mse, ms-ssim"),
         ({"distortion": "ms-ssim"}, "at least 161 pixels a side, not 64"),
@@ -250,9 +296,11 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_stages_that_move_no_bit_hand_on_where_the_bits_come_from(config, single, tiny_model_file, tmp_path):
-    """From a model file by joint and refine, from stage quantise by joint: the id of the first stays."""
+    """From a model file by joint and decoder, from stage quantise by joint: the id of the first stays."""
     joint = replace(config, stage="joint", steps=1, start_from=str(tiny_model_file))
-    again = replace(joint, run_dir=str(tmp_path / "again"), start_from=str(train(joint, progress=False)))
+    again = replace(
+        joint, stage="decoder", run_dir=str(tmp_path / "again"), start_from=str(train(joint, progress=False))
+    )
     identity = load_model(tiny_model_file).id
     assert export_checkpoint(train(again, progress=False), tmp_path / "a.safetensors", Path(config.data)) == identity
     quantise = replace(config, stage="quantise", steps=1, run_dir=str(tmp_path / "q"), start_from=str(single))

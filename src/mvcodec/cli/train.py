@@ -66,17 +66,17 @@ def fits(parameter: click.Parameter, value: object) -> bool:
     expose_value=False,
     callback=from_file,
     metavar="NAME|FILE",
-    help="Settings from a TOML file or a shipped one (fast-single, fast-joint, fast-refine, fast-quantise,"
-    " paper-single, paper-joint). Its keys are the options' names; options given here go before.",
+    help="Settings from a TOML file or a shipped one (fast-single, fast-decoder, fast-refine, fast-joint,"
+    " fast-quantise, paper-single, paper-joint). Its keys are the options' names; options given here go before.",
 )
 @click.option("--profile", type=click.Choice(["fast", "paper", "tiny"]), default="fast", show_default=True)
 @click.option(
     "--stage",
-    type=click.Choice(["single", "quantise", "joint", "refine"]),
+    type=click.Choice(["single", "decoder", "refine", "joint", "quantise"]),
     default="single",
     show_default=True,
-    help="single: all, on lone views; joint: the joint decoder, on sets of views; refine: its aligned refinement;"
-    " quantise: the entropy model, rounded as it will be.",
+    help="single: all, on lone views; decoder: the same without what fixes the bits; refine: the aligned refinement"
+    " with peers; joint: Para-JD's fusions, on sets of views; quantise: the entropy model, rounded as it will be.",
 )
 @click.option(
     "--out",
@@ -147,11 +147,11 @@ def fits(parameter: click.Parameter, value: object) -> bool:
 def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     """Train weights on DATA_DIR, a folder of scenes, each a folder of overlapping pictures of one place.
 
-    First the single-view stage, then the joint one, then the refinement:
+    First what a lone view uses, then its decoder by itself, then the refinement with peers:
 
     \b
         mvcodec train scenes/ --config fast-single --out runs/a
-        mvcodec train scenes/ --config fast-joint --out runs/b --start-from runs/a/checkpoint.pt
+        mvcodec train scenes/ --config fast-decoder --out runs/b --start-from runs/a/checkpoint.pt
         mvcodec train scenes/ --config fast-refine --out runs/c --start-from runs/b/checkpoint.pt
 
     Interrupting is safe: the checkpoint is written, and --resume goes on as if nothing had happened. Several

@@ -25,7 +25,7 @@ class TrainConfig:
     data: str
     run_dir: str
     profile: str = "fast"
-    stage: str = "single"  # single | joint | refine
+    stage: str = "single"  # single | decoder | joint | refine | quantise
     steps: int = 4000
     batch: int = 8  # views per step, over all processes
     crop: int = 256

@@ -2,8 +2,9 @@
 
 Stage `single` trains everything on lone views (K = 1). Stage `quantise` (rounding.py) trains the entropy model with
 rounded weights and activations. Stage `joint` freezes the encoder and the entropy model, so that no bit changes, and
-trains Para-JD's fusions on sets of overlapping views of random K. Stage `refine` (refinement.py) trains the
-pixel-aligned refinement alone.
+trains Para-JD's fusions on sets of overlapping views of random K. Stage `decoder` freezes the same and trains the
+synthesis and the cleaning, on lone views, with the step back into the quantiser's cells in its loss. Stage `refine`
+(refinement.py) trains the pixel-aligned refinement alone.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Trainer:
             model_config, weights, bits = starting_weights(begun)
             self.model = ParaHydra(model_config)
             load_weights(self.model, weights, begun)
-            if self.joint:
+            if self.keeps_bits:
                 self.bits = bits
         else:
             self.model = ParaHydra(config_for(config.profile))
@@ -117,22 +118,32 @@ class Trainer:
             self.model.para_jd.requires_grad_(self.config.synthesis)
             self.model.gain.log_inverse.requires_grad_(self.config.synthesis)
             self.model.para_jd.fusions.requires_grad_(True)
-        else:
-            self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
-            if self.model.refinement is not None:
-                self.model.refinement.requires_grad_(False)
-                self.model.refinement.look.requires_grad_(True)  # the part that needs no peers
-                self.model.refinement.clean_out.requires_grad_(True)
+            return
+        if self.config.stage == "decoder":
+            self.model.requires_grad_(False)
+            self.model.para_jd.requires_grad_(True)
+            self.model.gain.log_inverse.requires_grad_(True)
+        self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
+        if self.model.refinement is not None:
+            self.model.refinement.requires_grad_(False)
+            self.model.refinement.look.requires_grad_(True)  # the part that needs no peers
+            self.model.refinement.clean_out.requires_grad_(True)
 
     @property
     def joint(self) -> bool:
         return self.config.stage == "joint"
 
     @property
+    def keeps_bits(self) -> bool:
+        """Whether what encodes stays as it is: files of the model that it began with are decoded by this one."""
+        return self.config.stage in ("joint", "decoder")
+
+    @property
     def way(self) -> dict[str, bool]:
         """What of the network this stage runs."""
-        joint, quantise = self.joint, self.config.stage == "quantise"
-        return {"joint": joint, "fuse": joint, "rate": not joint, "decode": not quantise}
+        joint, stage = self.joint, self.config.stage
+        way = {"joint": joint, "fuse": joint, "rate": not joint}
+        return way | {"decode": stage != "quantise", "constrain": stage == "decoder"}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -201,7 +212,8 @@ class Trainer:
                         if joint and not self.joint:
                             psnrs.extend(alone[-pictures.shape[1] :])
                             continue
-                        out = self.model(pictures, t, joint, fuse=self.joint)
+                        way = {"fuse": self.joint, "constrain": self.way["constrain"]}
+                        out = self.model(pictures, t, joint, **way)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
                         psnrs.extend((-10 * torch.log10(mse)).flatten().tolist())
                     bpps.extend((out.bits / crops.shape[-1] ** 2).flatten().tolist())
@@ -297,10 +309,14 @@ def format_validation(row: dict[str, float | str]) -> str:
 
 def check(config: TrainConfig) -> None:
     """UsageError for settings that cannot go together, before anything is loaded."""
-    if config.stage not in ("single", "quantise", "joint"):
-        raise UsageError(f"stage {config.stage!r} is none of single, quantise, joint, refine")
-    if config.stage == "quantise" and not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
-        raise UsageError("stage quantise needs the checkpoint of an earlier stage to start from")
+    if config.stage not in ("single", "quantise", "joint", "decoder"):
+        raise UsageError(f"stage {config.stage!r} is none of single, decoder, quantise, joint, refine")
+    if (
+        config.stage in ("quantise", "decoder")
+        and not config.start_from
+        and not (Path(config.run_dir) / "checkpoint.pt").exists()
+    ):
+        raise UsageError(f"stage {config.stage} needs the checkpoint of an earlier stage to start from")
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
     check_distortion(config.distortion)
