@@ -46,6 +46,7 @@ def config(scenes_folder: Path, tiny_model_file: Path) -> TrainConfig:
     return TrainConfig(
         data=str(scenes_folder),
         run_dir="",
+        profile="tiny",
         start_from=str(tiny_model_file),
         steps=2,
         batch=3,

@@ -197,6 +197,21 @@ def test_a_released_model_file_is_a_start(config, tiny_model_file, tiny_model):
     assert torch.equal(trainer.model.g_a.klt.weight, tiny_model.net.g_a.klt.weight)
 
 
+def test_a_start_of_another_profile_is_refused(config, tiny_model_file):
+    with pytest.raises(UsageError, match=r"tiny.safetensors: is of profile tiny, not paper; say --profile tiny"):
+        Trainer(replace(config, profile="paper", start_from=str(tiny_model_file)), progress=False)
+    with pytest.raises(UsageError, match="say --profile tiny"):
+        train(
+            TrainConfig(
+                data=config.data,
+                run_dir=config.run_dir,
+                profile="fast",
+                stage="refine",
+                start_from=str(tiny_model_file),
+            )
+        )
+
+
 def test_joint_stage_mixes_lone_views_and_sets(config):
     trainer = Trainer(replace(config, stage="joint", synthesis=True), progress=False)
     assert {trainer.batches.views_at(step) for step in range(60)} == {1, 2}

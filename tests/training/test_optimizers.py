@@ -51,6 +51,7 @@ def test_muon_resumes_as_if_it_had_not_stopped(scenes_folder, tiny_model_file, t
     config = TrainConfig(
         data=str(scenes_folder),
         run_dir=str(tmp_path / "whole"),
+        profile="tiny",
         optimizer="muon",
         steps=4,
         batch=1,

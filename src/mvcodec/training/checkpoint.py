@@ -131,6 +131,14 @@ def starting_weights(path: Path) -> Start:
     return Start(ModelConfig.from_dict(state["model_config"]), state["ema"], bits_of(state))
 
 
+def start_of(config: TrainConfig) -> Start:
+    """`starting_weights` of what a run is to begin from; UsageError if that is of another profile."""
+    start = starting_weights(Path(config.start_from))
+    if (found := start.config.profile) != config.profile:
+        raise UsageError(f"{config.start_from}: is of profile {found}, not {config.profile}; say --profile {found}")
+    return start
+
+
 def bits_of(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """What fixes the integers that this checkpoint's files consist of: stages that move no bit hand it on.
 

@@ -29,7 +29,7 @@ from mvcodec.training.checkpoint import (
     bits_of,
     load_weights,
     save_whole,
-    starting_weights,
+    start_of,
     to_resume,
     uninterrupted,
 )
@@ -81,10 +81,9 @@ class Trainer:
             self.model = ParaHydra(ModelConfig.from_dict(state["model_config"]))
             self.bits = bits_of(state)
         elif config.start_from:
-            begun = Path(config.start_from)
-            model_config, weights, bits = starting_weights(begun)
+            model_config, weights, bits = start_of(config)
             self.model = ParaHydra(model_config)
-            load_weights(self.model, weights, begun)
+            load_weights(self.model, weights, Path(config.start_from))
             if self.keeps_bits:
                 self.bits = bits
         else:
