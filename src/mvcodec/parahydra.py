@@ -254,8 +254,8 @@ class ParaHydra(nn.Module):
         """pictures [B, K, 3, H, W] in [0, 1], H and W multiples of 64; t [B, K] quality in [0, 1].
 
         clean: with the refinement's peerless part; its peers are not included, they have a stage of their own.
-        rate=False leaves out the entropy model, for stages that change no bit: y is rounded as it is, whose errors are
-        distributed nearly like those of a file's integers; bits are then zero.
+        rate=False leaves out the entropy model, for stage joint: y is rounded as it is, whose errors are distributed
+        nearly like those of a file's integers; bits are then zero.
         decode=False leaves out the decoder, for a stage that moves bits alone: pictures are then those given.
         constrain: pictures are drawn back into the cells of y_hat, as the decoder does last of all.
         """
@@ -273,10 +273,13 @@ class ParaHydra(nn.Module):
         scaled = y_hat * self.gain.inverse(basis)
         x_hat = self.para_jd(scaled.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
         x_hat = x_hat.float()
+        if constrain:  # here and below in [0, 1], as the decoder has it
+            x_hat = x_hat.clamp(0, 1)
         if clean and self.refinement is not None:
             x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
         if constrain and self.constrains:
-            x_hat = self._constrained(x_hat.flatten(0, 1), y_hat, basis, t.flatten()).reshape(x_hat.shape)
+            cleaned = x_hat.flatten(0, 1).clamp(0, 1)
+            x_hat = self._constrained(cleaned, y_hat, basis, t.flatten()).reshape(x_hat.shape)
         return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)))
 
     @property

@@ -26,9 +26,10 @@ from contextlib import nullcontext
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.loop import Trainer, train
 Trainer.autocast = lambda self: nullcontext()
-settings, folder = json.loads(sys.argv[1]), sys.argv[2]
-for stage in ("joint", "single"):
-    trainer = Trainer(TrainConfig(**settings | {"stage": stage, "run_dir": f"{folder}/{stage}"}), progress=False)
+*both, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+for settings in both:
+    stage = settings["stage"]
+    trainer = Trainer(TrainConfig(**settings | {"run_dir": f"{folder}/{stage}"}), progress=False)
     row = trainer.train_step()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     if trainer.processes.first:
@@ -41,9 +42,9 @@ train(parted, progress=False)
 
 
 @pytest.fixture(scope="module")
-def config(scenes_folder: Path, tiny_model_file: Path) -> TrainConfig:
+def configs(scenes_folder: Path, tiny_model_file: Path) -> dict[str, TrainConfig]:
     # The odd batch gives the processes unequal parts; in the joint stage, one set of two views, one gets none.
-    return TrainConfig(
+    single = TrainConfig(
         data=str(scenes_folder),
         run_dir="",
         profile="tiny",
@@ -51,18 +52,17 @@ def config(scenes_folder: Path, tiny_model_file: Path) -> TrainConfig:
         steps=2,
         batch=3,
         crop=64,
-        max_views=2,
-        parallax=0.5,
-        synthesis=True,  # or else, gains being zero, hardly anything had a gradient
         warmup=1,
         clip=1e9,
         seed=2,
         threads=1,
     )
+    # The synthesis, or else, gains being zero, hardly anything had a gradient.
+    return {"joint": replace(single, stage="joint", max_views=2, parallax=0.5, synthesis=True), "single": single}
 
 
 @pytest.fixture(scope="module")
-def folder(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(configs: dict[str, TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left: gradients of a step of either stage, a whole run and an interrupted one."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
@@ -72,7 +72,7 @@ def folder(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     paths = os.pathsep.join(sys.path)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(asdict(config)), str(folder)],
+            [sys.executable, "-c", PROGRAM, *(json.dumps(asdict(c)) for c in configs.values()), str(folder)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": paths},
             stderr=subprocess.PIPE,
             text=True,
@@ -89,9 +89,9 @@ def folder(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("stage", ["single", "joint"])
-def test_gradients_are_those_of_one_process(config, folder, stage, tmp_path, monkeypatch):
+def test_gradients_are_those_of_one_process(configs, folder, stage, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "autocast", lambda self: nullcontext())
-    trainer = Trainer(replace(config, stage=stage, run_dir=str(tmp_path)), progress=False)
+    trainer = Trainer(replace(configs[stage], run_dir=str(tmp_path)), progress=False)
     row = trainer.train_step()
     assert row["views"] == {"single": 1, "joint": 2}[stage]
     two = torch.load(folder / f"{stage}.pt", weights_only=True)
@@ -120,7 +120,7 @@ def test_a_batch_is_parted_without_gap_or_overlap():
             assert all(len(part.indices) for part in parts)  # DDP needs a forward pass from everyone
 
 
-def test_refinement_is_refused_under_torchrun(config, monkeypatch, tmp_path):
+def test_refinement_is_refused_under_torchrun(configs, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="runs in one process"):
-        train(replace(config, stage="refine", run_dir=str(tmp_path)), progress=False)
+        train(replace(configs["single"], stage="refine", run_dir=str(tmp_path)), progress=False)

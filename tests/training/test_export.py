@@ -27,7 +27,7 @@ def run(scenes_folder: Path, tiny_model_file: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("config")
     settings = folder / "mine.toml"
     settings.write_text(
-        f'data = "{scenes_folder}"\nprofile = "tiny"\nsteps = 1\nbatch = 8\ncrop = 64\nlr = 1e-3\nmax-views = 2\n'
+        f'data = "{scenes_folder}"\nprofile = "tiny"\nsteps = 1\nbatch = 8\ncrop = 64\nlr = 1e-3\njitter = 0.5\n'
         f'start-from = "{tiny_model_file}"\nthreads = 1\nvalidate-every = 7\n'
     )
     with pytest.raises(SystemExit) as exit_:
@@ -38,7 +38,7 @@ def run(scenes_folder: Path, tiny_model_file: Path, tmp_path_factory: pytest.Tem
 
 def test_options_go_before_the_file_and_the_file_before_the_defaults(run):
     used = torch.load(run / "checkpoint.pt", weights_only=True)["train_config"]
-    assert (used["batch"], used["crop"], used["learning_rate"], used["max_views"]) == (2, 64, 1e-3, 2)
+    assert (used["batch"], used["crop"], used["learning_rate"], used["jitter"]) == (2, 64, 1e-3, 0.5)
     assert used["validate_every"] == 7
     assert used["seed"] == 1
     assert (run / "curves.png").exists()

@@ -4,6 +4,7 @@ import csv
 import resource
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ def config(scenes_folder, tmp_path):
         steps=6,
         batch=2,
         crop=64,
-        max_views=2,
         warmup=2,
         learning_rate=1e-3,
         threads=1,
@@ -144,8 +144,9 @@ def test_decoder_stage_sees_the_pictures_that_files_give(config, tiny_model_file
     )
     for net in (trainer.model, model.net):
         torch.nn.init.constant_(net.refinement.clean_out.bias, 0.5)  # 8 of 255 too bright
-    picture = smooth_picture(64, 128) // 2 + 64
-    for quality in (15, 90):
+    calm = smooth_picture(64, 128) // 2 + 64
+    clipped = (3 * calm.astype(int) - 256).clip(0, 255).astype(np.uint8)
+    for picture, quality in product((calm, clipped), (15, 90)):
         (decoded,) = decode_set(model, [encode_image(model, Image(picture), quality, camera_id="a")])
         pixels, t = (
             torch.from_numpy(picture).permute(2, 0, 1)[None, None].float() / 255,
@@ -223,6 +224,9 @@ def test_validation_reports_every_quality(config, scenes_folder):
     assert [row["quality"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     assert rows[0]["bpp"] < rows[-1]["bpp"]
     assert rows[0]["psnr_separate"] < rows[-1]["psnr_separate"]
+    assert "psnr_joint" not in rows[0]  # nothing that this stage learns or measures
+    joint = Trainer(replace(config, stage="joint", validation=str(scenes_folder)), progress=False)
+    assert all(row["psnr_joint"] > 0 for row in joint.validate(crop=64))
 
 
 def test_rate_warms_up_and_decays(config):
@@ -235,9 +239,12 @@ def test_rate_warms_up_and_decays(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": "both"}, "none of single, decoder, quantise, joint, refine"),
-        ({"stage": "quantise"}, "stage quantise needs the checkpoint of an earlier stage"),
-        ({"stage": "decoder"}, "stage decoder needs the checkpoint of an earlier stage"),
+        ({"stage": "both"}, "none of single, decoder, refine, joint, quantise"),
+        ({"stage": "quantise"}, "stage quantise needs a checkpoint or model file"),
+        ({"stage": "decoder"}, "stage decoder needs a checkpoint or model file"),
+        ({"stage": "decoder", "parallax": 0.3}, "--parallax is nothing that stage decoder knows"),
+        ({"synthesis": True}, "--synthesis is nothing that stage single knows"),
+        ({"stage": "quantise", "max_views": 2}, "--max-views is nothing that stage quantise knows"),
         ({"optimizer": "sgd"}, "none of adamw, muon"),
         ({"distortion": "vmaf"}, "none of mse, ms-ssim"),
         ({"distortion": "ms-ssim"}, "at least 161 pixels a side, not 64"),
@@ -275,7 +282,7 @@ def test_a_run_within_its_pictures_is_refused(config):
 def test_a_run_of_another_kind_is_not_resumed(config, single, tmp_path):
     for settings in (
         {"stage": "joint"},
-        {"stage": "refine", "crop": 256, "max_views": 6},
+        {"stage": "refine", "crop": 256},
         {"optimizer": "muon"},
         {"profile": "fast"},
     ):

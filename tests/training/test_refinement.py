@@ -144,5 +144,5 @@ def test_an_unknown_distortion_is_refused(config):
 
 
 def test_a_stage_without_a_codec_to_start_from_is_refused(config):
-    with pytest.raises(UsageError, match="needs the checkpoint of an earlier stage"):
+    with pytest.raises(UsageError, match="needs a checkpoint or model file"):
         train(replace(config, start_from=""), progress=False)

@@ -30,7 +30,7 @@ from mvcodec.errors import UsageError
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.safetensors",
     help="Keep this model's entropy path, and with it its id and its files; default: that of the model file with which"
-    " stages joint and refine began.",
+    " stages that move no bit began.",
 )
 @click.option("--card", is_flag=True, help="Also write what is known of the model, as FILE.md.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite.")

@@ -18,6 +18,16 @@ else:
     import tomli as tomllib
 
 
+STAGES = ("single", "decoder", "refine", "joint", "quantise")
+LOOP = ("single", "decoder", "joint", "quantise")  # those of loop.py; stage refine has one of its own
+KNOWN_TO = {  # settings that not every stage knows
+    **dict.fromkeys(
+        ("validation", "validate_every", "compile", "optimizer", "workers", "crop", "crop_width", "jitter"), LOOP
+    ),
+    **dict.fromkeys(("max_views", "synthetic", "parallax", "synthesis"), ("joint",)),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. `steps` is where the cosine ends; a run may be stopped and resumed anywhere before."""
@@ -25,7 +35,7 @@ class TrainConfig:
     data: str
     run_dir: str
     profile: str = "fast"
-    stage: str = "single"  # single | decoder | joint | refine | quantise
+    stage: str = "single"  # of STAGES
     steps: int = 4000
     batch: int = 8  # views per step, over all processes
     crop: int = 256
@@ -51,6 +61,16 @@ class TrainConfig:
     validate_every: int = 500
     checkpoint_minutes: float = 3.0
     minutes: float = 0.0  # stop (resumable) after so many; 0: run to the last step
+
+
+def check_settings(config: TrainConfig) -> None:
+    """UsageError for a stage that there is not, and for settings that this one does not know."""
+    if config.stage not in STAGES:
+        raise UsageError(f"stage {config.stage!r} is none of {', '.join(STAGES)}")
+    for name, stages in KNOWN_TO.items():
+        if config.stage not in stages and getattr(config, name) != getattr(TrainConfig, name):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is nothing that stage {config.stage} knows; leave it out")
 
 
 def parallax_weight(config: TrainConfig, step: int) -> float:

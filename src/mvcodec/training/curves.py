@@ -77,12 +77,13 @@ def draw(run: Path) -> None:
     loss.plot(*(x[:whole].reshape(-1, span).mean(axis=1) for x in (steps, values)), label=f"mean of {span}")
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
     loss.legend()
+    best = "psnr_joint" if "psnr_joint" in validation else "psnr_separate"
     for rate in rates:
         for step in sorted(set(validation["step"])):
             of_step = [i for i, s in enumerate(validation["step"]) if s == step]
-            bpp, psnr = ([validation[name][i] for i in of_step] for name in ("bpp", "psnr_joint"))
+            bpp, psnr = ([validation[name][i] for i in of_step] for name in ("bpp", best))
             rate.plot(bpp, psnr, marker=".", label=f"step {step:.0f}")
-        rate.set(xlabel="estimated bpp", ylabel="PSNR of joint decoding (dB)", title="validation")
+        rate.set(xlabel="estimated bpp", ylabel=f"PSNR of {best[5:]} decoding (dB)", title="validation")
         rate.legend(fontsize="x-small", ncols=2)
     with atomic(run / "curves.png") as file:
         figure.savefig(file, format="png", dpi=100)

@@ -57,11 +57,12 @@ def describe(checkpoint: Path, target: Path, identity: bytes) -> Path:
     validation = columns(checkpoint.parent / "validation.csv")
     if validation:
         lines += ["", "## Last validation", "", "Estimated rates on centre crops, averaged weights.", ""]
-        lines += ["| quality | bpp | PSNR separate | PSNR joint |", "|---|---|---|---|"]
-        for step, quality, *values in zip(*validation.values(), strict=True):
-            if step == validation["step"][-1]:
-                bpp, separate, joint = values
-                lines.append(f"| {100 * quality:.0f} | {bpp:.4f} | {separate:.2f} | {joint:.2f} |")
+        psnrs = [name for name in validation if name.startswith("psnr_")]
+        lines += [" | ".join(["| quality | bpp", *(f"PSNR {name[5:]}" for name in psnrs)]) + " |"]
+        lines += ["|---" * (2 + len(psnrs)) + "|"]
+        for i in (i for i, step in enumerate(validation["step"]) if step == validation["step"][-1]):
+            found = "".join(f" {validation[name][i]:.2f} |" for name in psnrs)
+            lines.append(f"| {100 * validation['quality'][i]:.0f} | {validation['bpp'][i]:.4f} |{found}")
     for title, settings in (("Training", state["train_config"]), ("Configuration", state["model_config"])):
         lines += ["", f"## {title}", "", "| setting | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in settings.items()]

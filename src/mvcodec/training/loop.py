@@ -33,7 +33,7 @@ from mvcodec.training.checkpoint import (
     to_resume,
     uninterrupted,
 )
-from mvcodec.training.config import TrainConfig, learning_rate, parallax_weight
+from mvcodec.training.config import TrainConfig, check_settings, learning_rate, parallax_weight
 from mvcodec.training.curves import append_rows, columns, draw_if_possible
 from mvcodec.training.data import centre_crops, check_validation, load_scenes, refuse_overlap
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
@@ -196,7 +196,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, crop: int = 256) -> list[dict[str, float | str]]:
-        """Per quality: mean bpp (estimated) and mean PSNR of separate and joint decoding, with averaged weights."""
+        """Per quality: mean bpp (estimated) and mean PSNR of separate (and in stage joint, joint) decoding, with
+        averaged weights."""
         rows: list[dict[str, float | str]] = []
         with self.ema.applied_to(self.model), self.autocast():
             for quality in VALIDATION_QUALITIES:
@@ -207,10 +208,7 @@ class Trainer:
                     pictures = crops.to(self.device)
                     t = torch.full(pictures.shape[:2], quality, device=self.device)
                     torch.manual_seed(0)
-                    for joint, psnrs in ((False, alone), (True, together)):
-                        if joint and not self.joint:
-                            psnrs.extend(alone[-pictures.shape[1] :])
-                            continue
+                    for joint, psnrs in ((False, alone), (True, together))[: 1 + self.joint]:
                         way = {"fuse": self.joint, "constrain": self.way["constrain"]}
                         out = self.model(pictures, t, joint, **way)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
@@ -222,7 +220,7 @@ class Trainer:
                         "quality": quality,
                         "bpp": float(np.mean(bpps)),
                         "psnr_separate": float(np.mean(alone)),
-                        "psnr_joint": float(np.mean(together)),
+                        **({"psnr_joint": float(np.mean(together))} if self.joint else {}),
                     }
                 )
         return rows
@@ -300,22 +298,21 @@ class Trainer:
 
 
 def format_validation(row: dict[str, float | str]) -> str:
-    return (
-        f"step {row['step']:6d}  q {row['quality']:.2f}  {row['bpp']:.4f} bpp  "
-        f"separate {row['psnr_separate']:.2f} dB  joint {row['psnr_joint']:.2f} dB"
+    found = (
+        f"step {row['step']:6d}  q {row['quality']:.2f}  {row['bpp']:.4f} bpp  separate {row['psnr_separate']:.2f} dB"
     )
+    return f"{found}  joint {row['psnr_joint']:.2f} dB" if "psnr_joint" in row else found
 
 
 def check(config: TrainConfig) -> None:
     """UsageError for settings that cannot go together, before anything is loaded."""
-    if config.stage not in ("single", "quantise", "joint", "decoder"):
-        raise UsageError(f"stage {config.stage!r} is none of single, decoder, quantise, joint, refine")
+    check_settings(config)
     if (
         config.stage in ("quantise", "decoder")
         and not config.start_from
         and not (Path(config.run_dir) / "checkpoint.pt").exists()
     ):
-        raise UsageError(f"stage {config.stage} needs the checkpoint of an earlier stage to start from")
+        raise UsageError(f"stage {config.stage} needs a checkpoint or model file to start from")
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
     check_distortion(config.distortion)

@@ -35,17 +35,13 @@ from mvcodec.training.checkpoint import (
     to_resume,
     uninterrupted,
 )
-from mvcodec.training.config import TrainConfig, learning_rate
+from mvcodec.training.config import TrainConfig, check_settings, learning_rate
 from mvcodec.training.curves import append_rows, draw_if_possible
 from mvcodec.training.losses import check_distortion, distortion_of
 from mvcodec.training.preparation import CROP, PARTS, SIDES, Example, Watch, prepare, refuse_foreign
 
 TRAINED_CROP = {"mse": 128, "ms-ssim": CROP}  # of the examples as trained: five scales need all there is
 HARM_WEIGHT = 2.0
-UNKNOWN = (  # settings of other stages
-    "validation", "validate_every", "compile", "optimizer", "workers", "crop", "crop_width", "max_views", "jitter",
-    "synthetic", "parallax", "synthesis",
-)  # fmt: skip
 
 
 def read_examples(files: list[Path]) -> list[Example]:
@@ -125,11 +121,9 @@ def check(config: TrainConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("stage refine runs in one process; start it without torchrun")
     check_distortion(config.distortion)
-    for name in UNKNOWN:
-        if getattr(config, name) != getattr(TrainConfig, name):
-            raise UsageError(f"--{name.replace('_', '-')} is nothing that stage refine knows; leave it out")
+    check_settings(config)
     if not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
-        raise UsageError("stage refine needs the checkpoint of an earlier stage to start from")
+        raise UsageError("stage refine needs a checkpoint or model file to start from")
     refuse_foreign(Path(config.run_dir))
 
 
