@@ -130,6 +130,30 @@ def test_upright_and_lying_pictures_share_a_frame():
     assert in_frames([(1, 4096), (4096, 1), (1, 3000)]) == [[0, 2], [1]]
 
 
+def test_tiny_views_beside_a_large_one_do_not_cost_a_large_one_each():
+    """A file of a hundred bytes may make the work of the others no more than a few times as large."""
+    sizes = [(1, 1)] * 9 + [(512, 640)] + [(1, 1)] * 11
+    groups = in_frames(sizes)
+    assert sorted(k for group in groups for k in group) == list(range(21))
+    work = sum(len(g) * max(sizes[k][0] for k in g) * max(sizes[k][1] for k in g) for g in groups)
+    assert work <= 4 * sum(height * width for height, width in sizes)
+    assert in_frames([(512, 640)] * 6) == in_frames([(512, 640), (640, 512)] * 3) == [list(range(6))]
+
+
+def test_tiny_views_that_are_left_out_are_decoded_whatever_their_order(tiny_model):
+    sizes = [(256, 256), *[(1, 1)] * 5, (1, 30)]
+    files = [encoded(tiny_model, *size, camera_id=f"cam{k}", seed=k) for k, size in enumerate(sizes)]
+    views = decode_set(tiny_model, files)
+    assert [view.pixels.shape[:2] for view in views] == sizes
+    assert {frozenset({view.header.camera_id, *view.peers}) for view in views} == {
+        frozenset({"cam0", "cam1", "cam2", "cam3", "cam4"}),
+        frozenset({"cam5", "cam6"}),
+    }
+    for one, other in zip(views, decode_set(tiny_model, files[::-1]), strict=True):
+        assert (one.header, one.peers) == (other.header, other.peers)
+        assert np.array_equal(one.pixels, other.pixels)
+
+
 def test_arrays_seen_backwards_are_pictures_too(tiny_model):
     picture = smooth_picture(64, 128)
     for turned in (picture[::-1], picture[..., ::-1]):

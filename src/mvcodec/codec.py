@@ -170,7 +170,7 @@ def decode_set(
 ) -> list[DecodedView]:
     """Files of one instant, any number, any order -> their pictures, sorted by camera id. Eq. (5), (17).
 
-    Views of very different shapes, which no common frame holds (`in_frames`), do not help each other.
+    Views of very different shapes or sizes, which no common frame holds (`in_frames`), do not help each other.
 
     joint=False decodes each view alone. refine=False aligns no view with others: of the aligned refinement only the
     part runs that needs no peers. max_peers: it takes only so many peers for each view, the most consistent ones.
@@ -267,14 +267,16 @@ def views_of(
 def in_frames(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Places of views, by their heights and widths, that fit into common frames: those are decoded together.
 
-    A frame is at most MOST_FRAME times as large as the largest view in it, so that two thin strips, one tall and one
-    wide, do not ask for the square of their length.
+    Each view is worked on in a frame of its group's size. All of these are at most MOST_FRAME times as large as the
+    views in them, so that two thin strips, one tall and one wide, do not ask for the square of their length, nor many
+    tiny views beside a large one for as many large ones. Which are left out is a matter of size; the largest go first.
     """
     groups: list[list[int]] = []
     for k in sorted(range(len(sizes)), key=lambda k: -math.prod(sizes[k])):
         for group in groups:
-            height, width = (max(sizes[n][axis] for n in (*group, k)) for axis in (0, 1))
-            if height * width <= MOST_FRAME * math.prod(sizes[group[0]]):
+            together = (*group, k)
+            height, width = (max(sizes[n][axis] for n in together) for axis in (0, 1))
+            if height * width * len(together) <= MOST_FRAME * sum(math.prod(sizes[n]) for n in together):
                 group.append(k)
                 break
         else:
