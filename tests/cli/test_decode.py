@@ -414,6 +414,21 @@ def test_maps_show_what_each_peer_contributed(cli: Cli, coded: Path) -> None:
     assert Path(expected[0]).read_bytes() != b"mine"
 
 
+def test_maps_that_are_not_there_are_written_though_the_picture_is(cli: Cli, coded: Path) -> None:
+    assert cli("decode", coded, "-o", "out").code == 0
+    picture = Path("out/C1/00000000.png")
+    picture.write_bytes(b"mine")
+    again = ["decode", coded, "-o", "out", "--maps", "maps", "--skip-existing", "--json"]
+    assert len([m for r in cli(*again).records for m in r["maps"]]) == len(list(Path("maps").rglob("*.png"))) == 4
+    assert picture.read_bytes() == b"mine"
+    Path("maps/C2/00000001.from_C1.png").unlink()
+    done = [r for r in cli(*again).records if not r.get("skipped")]
+    assert [r["file"] for r in done] == [str(coded / "C2/00000001.phv")]
+    assert all(r["skipped"] for r in cli(*again).records)
+    alone = ["decode", coded / "C1/00000001.phv", "-o", "alone.png", "--maps", "none", "--skip-existing", "--json"]
+    assert [r.get("skipped", False) for _ in range(2) for r in cli(*alone).records] == [False, True]
+
+
 @pytest.mark.parametrize(("asked", "against"), [(["--maps", "m"], "--preview"), (["--max-peers", "1"], "--no-refine")])
 def test_what_is_about_peers_needs_them(cli: Cli, coded: Path, asked: list[str], against: str) -> None:
     outcome = cli("decode", coded, "-o", "out", *asked, against)

@@ -160,6 +160,12 @@ def decode(
         "max_pixels": max_pixels,
     }
 
+    def there(view: Received, members: Sequence[Received]) -> bool:
+        """With --skip-existing: is nothing of this view wanted that is not there already?"""
+        peers = sorted({(peer.header.camera_id, peer.data) for peer in members if peer.data != view.data})
+        maps = drawn.paths(view.source, [camera for camera, _ in peers]) if drawn else []
+        return targets.skips(places[id(view)]) and all(path.exists() for path in maps)
+
     sets = list(_sets(instants(views, lambda view: view.instant, window_us), views))
     finishing: list[Finishing] = []  # of the instant before, while the next one is decoded
 
@@ -174,7 +180,7 @@ def decode(
         for instant, members, everyone in report.progress(sets, "decode"):
             todo = []
             for view in members:
-                if id(view) in places and targets.skips(places[id(view)]):
+                if id(view) in places and there(view, members):
                     report.skipped(view.name, places[id(view)])
                 elif id(view) in places:
                     todo.append(view)
@@ -322,7 +328,8 @@ def _decode(
 
 def _deliver(report: Report, targets: Targets, done: Finishing, path: Path, drawn: Maps | None) -> None:
     view, decoded = done.view, done.picture
-    targets.write(path, done.file.result())
+    if not targets.skips(path):  # else its maps were not there
+        targets.write(path, done.file.result())
     header = decoded.header
     maps = []
     if drawn is not None and decoded.maps is not None:

@@ -38,15 +38,21 @@ class Maps:
                 if path.name.startswith(f"{place.stem}.from_"):
                     raise UsageError(f"{path}: exists; overwrite with -f")
 
-    def write(self, view: Source, peers: Iterable[str], shares: NDArray[np.uint8]) -> list[Path]:
-        """One picture per peer, of shares [S, H, W]; -> their paths."""
+    def paths(self, view: Source, peers: Iterable[str]) -> list[Path]:
+        """Where the map of each peer goes, in the order of their camera ids."""
         paths: list[Path] = []
-        for number, (peer, share) in enumerate(zip(peers, shares, strict=True)):
+        for number, peer in enumerate(peers):
             name = safe_path(peer, None, None) if peer else f"view{number}"
             path = self.folder / view.relative.with_name(f"{view.relative.stem}.from_{name}.png")
             if path in paths:  # of another id, equal but for what no file name may hold
                 path = path.with_name(f"{path.stem}.{number}.png")
             paths.append(path)
+        return paths
+
+    def write(self, view: Source, peers: Iterable[str], shares: NDArray[np.uint8]) -> list[Path]:
+        """One picture per peer, of shares [S, H, W]; -> their paths."""
+        paths = self.paths(view, peers)
+        for path, share in zip(paths, shares, strict=True):
             if self.skip_existing and path.exists():
                 continue
             with atomic(path) as file:
