@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ import pytest
 import mvcodec
 from mvcodec import container
 from mvcodec.cli import COMMANDS
+from mvcodec.cli.report import Report
+from mvcodec.cli.targets import STDIN, Targets
 
 from .conftest import Cli
+
+FULL = Path("/dev/full")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,6 +98,32 @@ def test_exit_1_system(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: OSError
     outcome = cli("models")
     assert outcome.code == 1
     assert outcome.err == f"mvcodec: {sentence}\n"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_exit_1_full_stdout_is_blamed_on_no_file_and_ends_the_command(coded: Path) -> None:
+    files = [coded / "C1/00000000.phv", coded / "C2/00000000.phv"]
+    for args in (["info", *files], ["info", "--json", *files], []):
+        with FULL.open("wb") as full:
+            run = subprocess.run(
+                [sys.executable, "-m", "mvcodec", *args],
+                env={**os.environ, "PYTHONPATH": str(Path(mvcodec.__file__).parents[1])},
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert run.returncode == 1
+        assert run.stderr == "mvcodec: standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_pictures_that_a_full_stdout_does_not_take_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report(as_json=False, verbose=False, quiet=False)
+    with FULL.open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=full, isatty=full.isatty))
+        with pytest.raises(OSError, match="standard output"), report.file("a.phv"):
+            Targets("-", ["a.phv"], force=False, skip_existing=False).write(STDIN, b"picture")
+    assert not report.failures
 
 
 @pytest.mark.parametrize(

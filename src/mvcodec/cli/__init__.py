@@ -15,7 +15,8 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model m
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ from mvcodec.errors import INTERRUPTED_EXIT_CODE, MvcodecError, UsageError
 from mvcodec.runtime import prepare
 
 COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "export", "evaluate", "demo", "models", "selftest")
+STDOUT = "standard output"
 
 
 class LazyGroup(click.Group):
@@ -55,7 +57,7 @@ def group(ctx: click.Context) -> None:
     the views of one place help each other.
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        to_stdout(ctx.get_help())
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -76,6 +78,21 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         where = "" if error.filename is None else f"{error.filename}: "
         code = complain(f"{where}{error.strerror or error}", MvcodecError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def writing_stdout() -> Iterator[None]:
+    """What goes wrong inside is stdout's own: no file is to blame, and no next file would fare better."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = STDOUT
+        raise
+
+
+def to_stdout(text: str) -> None:
+    with writing_stdout():
+        click.echo(text)
 
 
 def to_stderr(text: str) -> None:

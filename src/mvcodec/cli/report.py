@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mvcodec.cli import complain, to_stderr
+from mvcodec.cli import STDOUT, complain, to_stderr, to_stdout
 from mvcodec.errors import BatchError, MvcodecError, UsageError
 from mvcodec.frames import MAX_PIXELS
 from mvcodec.runtime import give_back
@@ -36,11 +36,11 @@ class Report:
         self.successes += 1
         if self.as_json:
             told = {key: None if value != value else value for key, value in record.items()}  # no nan in JSON
-            click.echo(_printable(json.dumps(told, ensure_ascii=False, allow_nan=False)))
+            to_stdout(_printable(json.dumps(told, ensure_ascii=False, allow_nan=False)))
         elif text is not None and err:
             self.note(text)
         elif text is not None:
-            click.echo(_printable(text))
+            to_stdout(_printable(text))
 
     def skipped(self, name: str, path: object) -> None:
         """A file whose output was there already."""
@@ -50,7 +50,7 @@ class Report:
     def show(self, text: str) -> None:
         """Part of the human result, beside those of single files: a table's head or foot."""
         if not self.as_json:
-            click.echo(text)
+            to_stdout(text)
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -74,9 +74,9 @@ class Report:
             if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TORCH_OUT_OF_MEMORY):
                 raise
             self._fail(name, "out of memory; try a smaller picture, fewer views or another device", 1, members)
-        except BrokenPipeError:
-            raise
         except OSError as error:
+            if isinstance(error, BrokenPipeError) or error.filename == STDOUT:
+                raise  # it would befall every other file, too
             self._fail(error.filename or name, error.strerror or str(error), MvcodecError.exit_code)
         except UnicodeEncodeError as error:  # of a camera id that a locale without UTF-8 cannot make a file name of
             self._fail(name, str(error), MvcodecError.exit_code)
@@ -86,7 +86,7 @@ class Report:
         if self.as_json:
             for file in map(str, members or (name,)):
                 if file not in self._failed:  # its own damage, before what that does to its instant
-                    click.echo(json.dumps({"file": file, "error": sentence, "exit_code": exit_code}))
+                    to_stdout(json.dumps({"file": file, "error": sentence, "exit_code": exit_code}))
                 self._failed.add(file)
 
     def progress(self, items: Sequence[T], what: str) -> Iterator[T]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mvcodec import container
+from mvcodec.cli import writing_stdout
 from mvcodec.errors import UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import PICTURE_SUFFIXES, STREAM_SUFFIX, Source, absolute, find
@@ -116,8 +117,9 @@ class Targets:
 
     def write(self, path: Path, data: bytes) -> None:
         if path == STDIN:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            with writing_stdout():
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
         else:
             with atomic(path) as file:
                 file.write(data)
