@@ -63,12 +63,18 @@ def pixels_at_once(
     tile = max(working, SEARCHING[transform] * searched) * SMALLEST**2
     held, least = PROGRAM + per_pixel * pixels, max(tile, STEADYING) if peers else tile
     if max_memory < held + least:
-        size = f"{views} x {pixels / 1e6:.1f} megapixels"
+        megapixels = f"{pixels / 1e6:.1f}" if pixels >= 1e5 else f"{pixels / 1e6:.2g}"
+        enough = -(-(held + least) // 10**7) * 10**7
         raise UsageError(
-            f"{size} need {(held + least) / 1e9:.1f}G of memory, --max-memory is {max_memory / 1e9:.1f}G"
+            f"{views} x {megapixels} megapixels need {_told(enough)} of memory, --max-memory is {_told(max_memory)}"
             + ("; --preview needs less" if peers else "; --effort 0 needs less" if searched else "")
         )
     return (max_memory - held) // working
+
+
+def _told(size_bytes: int) -> str:
+    """As --max-memory takes it."""
+    return f"{size_bytes / 1e9:.4g}G" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.4g}M"
 
 
 def fused_at_once(most: int, pixels: int, peers: int) -> int:

@@ -202,7 +202,7 @@ def test_memory_that_cannot_suffice_is_refused(cli: Cli, scene: Path) -> None:
     picture = scene / "C1/00000000.png"
     outcome = cli("encode", picture, "-o", "a.phv", "--max-memory", "100M")
     assert outcome.code == 2
-    assert "--max-memory is 0.1G" in outcome.err
+    assert "1 x 0.0082 megapixels need 1.05G of memory, --max-memory is 100M" in outcome.err
     assert cli("encode", picture, "-o", "a.phv", "--max-memory", "much").code == 2
     assert cli("encode", picture, "-o", "a.phv", "--max-memory", "4G").code == 0
     assert cli("decode", "a.phv", "-o", "a.png", "--max-memory", "100M").code == 2

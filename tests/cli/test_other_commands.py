@@ -97,6 +97,14 @@ def test_bench_accounts_for_every_stage(cli: Cli, scene: Path) -> None:
     assert cli("bench", "--untrained", "paper", "--model", "fast").code == 2
 
 
+def test_bench_refuses_what_it_cannot_do_before_it_measures(cli: Cli, scene: Path) -> None:
+    outcome = cli("bench", scene / "C1/00000000.png", "--size", "64x64", "--max-memory", "100M")
+    assert (outcome.code, outcome.out) == (2, b"")
+    assert "1 x 0.0041 megapixels need" in outcome.err
+    outcome = cli("bench", "-", stdin=b"picture")
+    assert (outcome.code, outcome.err) == (2, "mvcodec: -: bench takes no stdin; name pictures or folders\n")
+
+
 def test_demo_tells_each_view_and_leaves_its_files(cli: Cli, scene: Path) -> None:
     for path in scene.glob("*/00000001.png"):
         path.unlink()

@@ -74,6 +74,8 @@ def bench(
     from mvcodec import api, codec, images
     from mvcodec.evaluation import speed
 
+    if "-" in inputs:
+        raise UsageError("-: bench takes no stdin; name pictures or folders")
     paths = [s.path for s in sources(inputs or [str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
     if untrained is not None and model is not None:
         raise UsageError("--untrained and --model exclude each other")
@@ -88,7 +90,10 @@ def bench(
         given = [speed.of_size(view, *size) for view in given]
     given = [given[k % len(given)] for k in range(views or len(given))]
     picture = paths[0].read_bytes() if size is None else images.to_bytes(given[0])
-    files = [codec.encode_image(loaded, v, quality, camera_id=str(k)) for k, v in enumerate(given)]
+    files = [  # within the budget: one that cannot do is told before anything is measured
+        codec.encode_image(loaded, view, quality, camera_id=str(k), max_memory=max_memory)
+        for k, view in enumerate(given)
+    ]
 
     clock = speed.PROCESSOR if cpu_time else speed.WALL
     common = {"model": loaded.name, "quality": quality, "cpu_time": cpu_time, **speed.machine(loaded.device)}
