@@ -20,7 +20,7 @@ def test_exit_codes_are_the_documented_ones() -> None:
         errors.DesyncError: 7,
     }
     assert {kind: kind.exit_code for kind in codes} == codes
-    assert errors.INTERRUPTED_EXIT_CODE == 130
+    assert (errors.INTERRUPTED_EXIT_CODE, errors.TERMINATED_EXIT_CODE) == (130, 143)
 
 
 @pytest.mark.parametrize("kind", errors.MvcodecError.__subclasses__())

@@ -7,6 +7,7 @@ The command line prints ``mvcodec: FILE: SENTENCE`` and exits with ``exit_code``
 from __future__ import annotations
 
 INTERRUPTED_EXIT_CODE = 130  # Ctrl-C, as shells report it: 128 + SIGINT
+TERMINATED_EXIT_CODE = 143  # 128 + SIGTERM
 
 
 class MvcodecError(Exception):

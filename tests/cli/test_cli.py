@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,9 @@ from mvcodec import container
 from mvcodec.cli import COMMANDS
 from mvcodec.cli.report import Report
 from mvcodec.cli.targets import STDIN, Targets
+from mvcodec.cli.termination import terminable
+from mvcodec.files import atomic
+from mvcodec.training.checkpoint import uninterrupted
 
 from .conftest import Cli
 
@@ -230,6 +234,45 @@ def test_exit_130_interrupted(cli: Cli, scene: Path, monkeypatch: pytest.MonkeyP
     outcome = cli("encode", scene / "C1/00000000.png")
     assert outcome.code == 130
     assert outcome.err.strip() == "mvcodec: interrupted"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_exit_143_terminated_leaves_nothing_half_written(
+    cli: Cli, scene: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    """Also where Ctrl-C is ignored, as in a shell's background, and where it waits for a step's end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    reached = []
+
+    def write(targets: Targets, path: Path, data: bytes) -> None:
+        with atomic(path) as file:
+            file.write(data[:10])
+            with uninterrupted():
+                signal.raise_signal(signal.SIGTERM)
+                reached.append("the step's end")
+            reached.append("what comes behind it")
+
+    monkeypatch.setattr(Targets, "write", write)
+    try:
+        outcome = cli("encode", scene / "C1/00000000.png", "-o", "out/a.phv")
+        assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.code == 143
+    assert outcome.err.strip() == "mvcodec: terminated"
+    assert reached == ["the step's end"]
+    assert not list(Path("out").iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_who_handles_sigterm_already_is_left_alone() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with terminable() as terminated:
+            signal.raise_signal(signal.SIGTERM)
+            assert not terminated()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_header(data: bytes, **changes: Any) -> bytes:

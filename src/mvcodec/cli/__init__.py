@@ -8,8 +8,8 @@
     selftest does this machine compute the same integers as all others?
 
 Exit codes: 0 ok, 1 runtime, 2 usage, 3 input picture, 4 corrupt .phv, 5 model missing or mismatched,
-6 a batch finished with failures, 7 desynchronised, 130 interrupted. Every error is one line on stderr,
-`mvcodec: FILE: sentence`.
+6 a batch finished with failures, 7 desynchronised, 130 interrupted, 143 terminated. Every error is one line on
+stderr, `mvcodec: FILE: sentence`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import NoReturn
 import click
 
 from mvcodec import __version__
-from mvcodec.errors import INTERRUPTED_EXIT_CODE, MvcodecError, UsageError
+from mvcodec.cli.termination import terminable
+from mvcodec.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, MvcodecError, UsageError
 from mvcodec.runtime import prepare
 
 COMMANDS = ("encode", "decode", "info", "verify", "bench", "train", "export", "evaluate", "demo", "models", "selftest")
@@ -63,20 +64,22 @@ def group(ctx: click.Context) -> None:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with the code of whatever went wrong."""
     prepare()  # before torch is imported
-    try:
-        code = group.main(args, prog_name="mvcodec", standalone_mode=False)
-    except click.ClickException as error:
-        code = complain(error.format_message(), UsageError.exit_code)
-    except click.Abort:
-        code = complain("interrupted", INTERRUPTED_EXIT_CODE)
-    except MvcodecError as error:
-        code = complain(str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader left; Python would complain about it once more at exit
-        code = MvcodecError.exit_code
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        code = complain(f"{where}{error.strerror or error}", MvcodecError.exit_code)
+    with terminable() as terminated:
+        try:
+            code = group.main(args, prog_name="mvcodec", standalone_mode=False)
+        except click.ClickException as error:
+            code = complain(error.format_message(), UsageError.exit_code)
+        except click.Abort:
+            ended = ("terminated", TERMINATED_EXIT_CODE) if terminated() else ("interrupted", INTERRUPTED_EXIT_CODE)
+            code = complain(*ended)
+        except MvcodecError as error:
+            code = complain(str(error), error.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader left; Python would complain about it once more at exit
+            code = MvcodecError.exit_code
+        except OSError as error:
+            where = "" if error.filename is None else f"{error.filename}: "
+            code = complain(f"{where}{error.strerror or error}", MvcodecError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
