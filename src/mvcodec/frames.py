@@ -196,15 +196,15 @@ def instants(views: Iterable[T], when: Callable[[T], Instant], window_us: int = 
 def find_scenes(folder: Path, results: Path | None = None) -> dict[str, list[Path]]:
     """The pictures below `folder` as scene name -> sorted files, one scene for each place and instant.
 
-    results: where output goes. What an earlier run left there, below `folder`, is no input. UsageError where it is
-    `folder` itself, or where there are no pictures.
+    results: where output goes. What an earlier run left there, below `folder`, is no input; nor are dead links.
+    UsageError where it is `folder` itself, or where there are no pictures.
     """
     if results is not None and results.resolve() == folder.resolve():
         raise UsageError(f"{results}: is the folder of the pictures; name another for the output")
     left_out = results if results is not None and _below(results, folder) else None
     scenes: dict[str, list[Path]] = {}
     for path in _files_below(folder, PICTURE_SUFFIXES):
-        if left_out is None or not _below(path, left_out):
+        if path.exists() and (left_out is None or not _below(path, left_out)):
             scenes.setdefault(scene_of(path, folder), []).append(path)
     if not scenes:
         raise UsageError(f"{folder}: holds no pictures; give a folder of scenes, each a folder of views")
@@ -230,11 +230,13 @@ def _files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """The files with one of `suffixes` anywhere below, sorted.
 
     Links to folders are followed at the top, where scenes and cameras are, unless they lead back up: each walk ends.
-    What begins with "._" is no picture, but what macOS knows about one.
+    What begins with "._" is no picture, but what macOS knows about one. A link that leads nowhere is there, for whoever
+    reads it to tell.
     """
     linked = [path for path in folder.glob("*") if path.is_symlink() and path.is_dir() and not _below(folder, path)]
     files = (path for top in (folder, *linked) for path in top.rglob("*") if not path.name.startswith("._"))
-    return sorted(path for path in files if path.suffix.lower() in suffixes and path.is_file())
+    named = (path for path in files if path.suffix.lower() in suffixes)
+    return sorted(path for path in named if path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def _below(path: Path, folder: Path) -> bool:
