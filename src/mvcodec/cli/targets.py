@@ -95,7 +95,8 @@ class Targets:
         for path, (source, _) in zip(paths, wanted, strict=True):
             place = absolute(path)
             if place in seen:
-                raise UsageError(f"{path}: both {seen[place].path} and {source.path} would be written there")
+                both = f"both {seen[place].path} and {source.path} would be written there"
+                raise UsageError(f"{path}: {both}; rename one, or name the files that you want")
             seen[place] = source
             if place == absolute(source.path):
                 raise UsageError(f"{path}: is both input and output")
