@@ -89,7 +89,7 @@ def test_two_pictures_never_share_an_output(cli: Cli, scene: Path) -> None:
     shutil.copy(scene / "C1/00000000.png", scene / "C1/00000000.bmp")
     outcome = cli("encode", scene)
     assert outcome.code == 2
-    assert "both" in outcome.err
+    assert "would be written there; rename one, or name the files that you want" in outcome.err
     outcome = cli("encode", scene / "C1/00000000.png", scene / "C2/00000000.png", "-o", "a.phv", "-f")
     assert outcome.code == 2
     assert "a.phv: is one file, but there are 2 outputs; name a folder" in outcome.err
@@ -129,6 +129,32 @@ def test_a_name_that_is_not_utf_8_is_coded_and_told(cli: Cli, scene: Path) -> No
     (record,) = cli("encode", name, "--json").records
     assert (record["file"], record["camera_id"]) == (name, "caf_-" + record["camera_id"][-8:])
     assert b"caf\\udce9.phv: intact" in cli("verify", record["output"]).out
+
+
+def test_a_name_with_control_characters_breaks_no_line(cli: Cli, scene: Path) -> None:
+    name = "a\nb\x1b[2J\x85.png"
+    shutil.copy(scene / "C1/00000000.png", name)
+    told = cli("encode", name)
+    assert "a\\u000ab\\u001b[2J\\u0085.png -> " in told.err
+    (path,) = Path().glob("*.phv")
+    skipped, shown, refused = cli("encode", name, "--skip-existing"), cli("info", path), cli("encode", name)
+    assert shown.out.startswith(b"a\\u000ab\\u001b[2J\\u0085.phv\n  ")
+    for text in (told.err, skipped.err, refused.err, shown.out.decode()):
+        assert all(line.isprintable() for line in text.split("\n"))
+    assert told.err.count("\n") == skipped.err.count("\n") == refused.err.count("\n") == 1
+    (record,) = cli("info", path, "--json").records
+    assert record["file"] == str(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_that_leads_nowhere_is_told(cli: Cli, scene: Path) -> None:
+    (scene / "C1/00000007.png").symlink_to("nowhere.png")
+    (scene / "C1/00000008.txt").symlink_to("nowhere.txt")
+    outcome = cli("encode", scene, "-o", "coded", "--quiet")
+    assert outcome.code == 6
+    assert outcome.err.count("\n") == 1
+    assert "C1/00000007.png: No such file" in outcome.err
+    assert len(list(Path("coded").rglob("*.phv"))) == 4
 
 
 def test_pipes(cli: Cli, scene: Path) -> None:

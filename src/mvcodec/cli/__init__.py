@@ -14,6 +14,7 @@ stderr, `mvcodec: FILE: sentence`.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,5 +105,11 @@ def to_stderr(text: str) -> None:
 
 def complain(sentence: str, exit_code: int, say: Callable[[str], object] = to_stderr) -> int:
     """One line on stderr, whatever the message was made of."""
-    say(f"mvcodec: {' '.join(sentence.split())}")
+    say(printable(f"mvcodec: {' '.join(sentence.split())}"))
     return exit_code
+
+
+def printable(line: str) -> str:
+    """Names may be no UTF-8 or hold what moves a terminal's cursor: that becomes an escape that JSON has, too."""
+    utf8 = line.encode(errors="backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", utf8)

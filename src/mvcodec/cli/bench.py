@@ -106,7 +106,7 @@ def bench(
     start["stages"] = {"import": speed.spread([float(imported.stdout)]), "load": start["stages"]["load"]}
     start["total_ms"] = round(sum(stage["median_ms"] for stage in start["stages"].values()), 3)
     start |= {"task": "start", "ceilings": reached, **common}
-    report.result(start, _table(start))
+    report.result(start, *_table(start))
 
     tasks = {
         "encode": (speed.encoding(loaded, picture, quality, max_memory), given[:1]),
@@ -119,10 +119,10 @@ def bench(
         record["floor_ms"] = speed.floors_ms(speed.count_work(loaded, task), loaded, reached)
         record["mp_per_s"] = round(1000 * megapixels / record["total_ms"], 3)
         record["frames_per_s"] = round(1000 * len(shown) / record["total_ms"], 3)
-        report.result(record, _table(record))
+        report.result(record, *_table(record))
 
 
-def _table(record: dict[str, Any]) -> str:
+def _table(record: dict[str, Any]) -> list[str]:
     views = {0: "", 1: ", 1 view"}.get(record.get("views", 0), f", {record.get('views')} views")
     pixels = f", {record['megapixels']} MP" if "megapixels" in record else ""
     lines = [f"{record['task']}{views}{pixels}, {record['device_name']} ({record['device']})"]
@@ -134,5 +134,4 @@ def _table(record: dict[str, Any]) -> str:
     for name, reason in ((record.get("graphs") or {}).get("refused") or {}).items():
         lines.append(f"  {name} runs without a graph: {reason}")
     rates = f"{record['mp_per_s']} MP/s, {record['frames_per_s']} frames/s, " if "mp_per_s" in record else ""
-    lines.append(f"  {rates}peak memory {record['peak_memory_mb']} MB, {record['threads']} threads")
-    return "\n".join(lines)
+    return [*lines, f"  {rates}peak memory {record['peak_memory_mb']} MB, {record['threads']} threads"]

@@ -79,7 +79,7 @@ def demo(report: Report, scene: str | None, output: str, quality: float, model: 
             file.write(data)
         return View(path, camera, frame, original, data, seconds)
 
-    report.show(f"{COLUMNS}\n{UNITS}")
+    report.show(COLUMNS, UNITS)
     measured: list[dict[str, float]] = []
     rows = []
     for paths in scenes.values():

@@ -87,5 +87,5 @@ def evaluate(
         peer_results=None if peer_results is None else Path(peer_results),
         tell=report.note,
     )
-    report.result(result.summary(), reports.table(result))
+    report.result(result.summary(), *reports.table(result).split("\n"))
     report.note(f"curves.csv, bd_rate.csv, summary.json and rate_distortion.png are in {out}")

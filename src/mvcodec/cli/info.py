@@ -26,11 +26,11 @@ def info(report: Report, inputs: tuple[str, ...]) -> None:
         with report.file(name):
             for part in streams_in(source):
                 fields = container.describe(part)
-                report.result({"file": name, **fields}, _table(name, fields, report.verbose))
+                report.result({"file": name, **fields}, *_table(name, fields, report.verbose))
     report.finish()
 
 
-def _table(name: str, fields: dict[str, Any], verbose: bool) -> str:
+def _table(name: str, fields: dict[str, Any], verbose: bool) -> list[str]:
     sections = fields.pop("sections") if not verbose else fields["sections"]
     lines = [name]
     for key, value in fields.items():
@@ -38,4 +38,4 @@ def _table(name: str, fields: dict[str, Any], verbose: bool) -> str:
             lines += [f"    {s['name']:<22}{s['bytes']:>9} bytes at {s['offset']}" for s in sections]
         elif value not in (None, ""):
             lines.append(f"  {key.replace('_', ' '):<16} {value}")
-    return "\n".join(lines)
+    return lines

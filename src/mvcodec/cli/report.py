@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mvcodec.cli import STDOUT, complain, to_stderr, to_stdout
+from mvcodec.cli import STDOUT, complain, printable, to_stderr, to_stdout
 from mvcodec.errors import BatchError, MvcodecError, UsageError
 from mvcodec.frames import MAX_PIXELS
 from mvcodec.runtime import give_back
@@ -31,34 +31,34 @@ class Report:
         self._say: Callable[[str], object] = to_stderr
         self.successes = 0
 
-    def result(self, record: dict[str, Any], text: str | None = None, *, err: bool = False) -> None:
-        """One finished file: `record` under --json, else `text`; err=True where stdout may carry data."""
+    def result(self, record: dict[str, Any], *lines: str, err: bool = False) -> None:
+        """One finished file: `record` under --json, else `lines`; err=True where stdout may carry data."""
         self.successes += 1
         if self.as_json:
             told = {key: None if value != value else value for key, value in record.items()}  # no nan in JSON
-            to_stdout(_printable(json.dumps(told, ensure_ascii=False, allow_nan=False)))
-        elif text is not None and err:
-            self.note(text)
-        elif text is not None:
-            to_stdout(_printable(text))
+            to_stdout(printable(json.dumps(told, ensure_ascii=False, allow_nan=False)))
+        elif err:
+            self.note(*lines)
+        elif lines:
+            to_stdout("\n".join(map(printable, lines)))
 
     def skipped(self, name: str, path: object) -> None:
         """A file whose output was there already."""
         record = {"file": name, "output": str(path), "skipped": True}
         self.result(record, f"{name}: {path} exists, skipped", err=True)
 
-    def show(self, text: str) -> None:
+    def show(self, *lines: str) -> None:
         """Part of the human result, beside those of single files: a table's head or foot."""
         if not self.as_json:
-            to_stdout(text)
+            to_stdout("\n".join(map(printable, lines)))
 
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            self._say(text)
+    def note(self, *lines: str) -> None:
+        for line in lines if not self.quiet else ():
+            self._say(printable(line))
 
-    def detail(self, text: str) -> None:
+    def detail(self, line: str) -> None:
         if self.verbose:
-            self._say(text)
+            self._say(printable(line))
 
     @contextmanager
     def file(self, name: object, *members: object) -> Iterator[None]:
@@ -106,11 +106,6 @@ class Report:
             return
         alone = len(self.failures) == 1 and self.successes == 0
         raise click.exceptions.Exit(self.failures[0] if alone else BatchError.exit_code)
-
-
-def _printable(text: str) -> str:
-    """Names of files may be no UTF-8: what is not becomes an escape that JSON has, too."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def reporting(command: F) -> F:

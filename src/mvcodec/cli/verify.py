@@ -46,5 +46,6 @@ def verify(
                     "camera_id": stream.header.camera_id,
                     "frame": stream.header.frame,
                 }
-                report.result(record, None if report.quiet else f"{name}: intact, {len(part)} bytes")
+                lines = [] if report.quiet else [f"{name}: intact, {len(part)} bytes"]
+                report.result(record, *lines)
     report.finish()
