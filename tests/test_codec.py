@@ -1,6 +1,7 @@
 """encode_image and decode_set on the untrained tiny model: bits are exact whatever the weights are."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -135,8 +136,8 @@ def test_tiny_views_beside_a_large_one_do_not_cost_a_large_one_each():
     sizes = [(1, 1)] * 9 + [(512, 640)] + [(1, 1)] * 11
     groups = in_frames(sizes)
     assert sorted(k for group in groups for k in group) == list(range(21))
-    work = sum(len(g) * max(sizes[k][0] for k in g) * max(sizes[k][1] for k in g) for g in groups)
-    assert work <= 4 * sum(height * width for height, width in sizes)
+    pairs = sum(len(g) ** 2 * max(sizes[k][0] for k in g) * max(sizes[k][1] for k in g) for g in groups)
+    assert pairs <= 4 * sum(math.sqrt(height * width) for height, width in sizes) ** 2
     assert in_frames([(512, 640)] * 6) == in_frames([(512, 640), (640, 512)] * 3) == [list(range(6))]
 
 
@@ -146,8 +147,8 @@ def test_tiny_views_that_are_left_out_are_decoded_whatever_their_order(tiny_mode
     views = decode_set(tiny_model, files)
     assert [view.pixels.shape[:2] for view in views] == sizes
     assert {frozenset({view.header.camera_id, *view.peers}) for view in views} == {
-        frozenset({"cam0", "cam1", "cam2", "cam3", "cam4"}),
-        frozenset({"cam5", "cam6"}),
+        frozenset({"cam0", "cam1", "cam2"}),
+        frozenset({"cam3", "cam4", "cam5", "cam6"}),
     }
     for one, other in zip(views, decode_set(tiny_model, files[::-1]), strict=True):
         assert (one.header, one.peers) == (other.header, other.peers)

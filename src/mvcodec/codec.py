@@ -267,16 +267,17 @@ def views_of(
 def in_frames(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Places of views, by their heights and widths, that fit into common frames: those are decoded together.
 
-    Each view is worked on in a frame of its group's size. All of these are at most MOST_FRAME times as large as the
-    views in them, so that two thin strips, one tall and one wide, do not ask for the square of their length, nor many
-    tiny views beside a large one for as many large ones. Which are left out is a matter of size; the largest go first.
+    Each pair of a group costs its frame, whatever the views' own sizes. A frame is at most MOST_FRAME times the mean
+    view in it, of sides averaged, so that two thin strips, one tall and one wide, do not ask for the square of their
+    length, nor many tiny views beside a large one for as many large ones. The largest choose first.
     """
     groups: list[list[int]] = []
     for k in sorted(range(len(sizes)), key=lambda k: -math.prod(sizes[k])):
         for group in groups:
             together = (*group, k)
             height, width = (max(sizes[n][axis] for n in together) for axis in (0, 1))
-            if height * width * len(together) <= MOST_FRAME * sum(math.prod(sizes[n]) for n in together):
+            side = sum(math.sqrt(math.prod(sizes[n])) for n in together) / len(together)
+            if height * width <= MOST_FRAME * side**2:
                 group.append(k)
                 break
         else:
