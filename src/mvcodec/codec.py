@@ -339,19 +339,29 @@ def reconstruct(
         peers = 0 if together is None else min(max_peers or len(group), len(group) - 1)
         most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers)
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
+
+        def draw_back(n: int, picture: Tensor, group: list[int] = group, most: int = most) -> None:
+            """The group's view n, in its frame [3, H, W], in place."""
+            one, (rows, columns) = slice(group[n], group[n] + 1), sizes[group[n]]
+            own = picture[None, :, : LATENT_STRIDE * rows, : LATENT_STRIDE * columns]
+            if known is None or known[group[n]]:
+                with torch.autocast(model.device.type, enabled=False):
+                    drawn = _constrained(model, own, latents[group[n]].float(), basis[one], qualities[one], most)
+                own.copy_(drawn)
+
+        changed = list(enumerate(pictures))
         if together is not None:
             with _autocast(model):
-                refined = together(pictures, qualities[group], max_peers=max_peers, maps=maps, most=most)
+                # Peers, too, are drawn back before they are seen; what none of them changed is then as it shall be.
+                refined = together(
+                    pictures, qualities[group], max_peers=max_peers, maps=maps, most=most, settle=draw_back
+                )
             pictures, shares = refined.pictures, refined[1:]
-
-        def finish(k: int, picture: Tensor, most: int = most) -> None:
-            picture = picture[None, :, : LATENT_STRIDE * sizes[k][0], : LATENT_STRIDE * sizes[k][1]]
-            if known is None or known[k]:
-                one = slice(k, k + 1)
-                picture = _constrained(model, picture, latents[k].float(), basis[one], qualities[one], most)
-            decoded[k] = picture[0]
-
-        beside(lambda view: finish(*view), list(zip(group, pictures, strict=True)), model.device, most // pixels)
+            changed = [(n, picture) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
+        beside(lambda view: draw_back(*view), changed, model.device, most // pixels)
+        for k, picture in zip(group, pictures, strict=True):
+            rows, columns = sizes[k]
+            decoded[k] = picture[:, : LATENT_STRIDE * rows, : LATENT_STRIDE * columns]
     return Reconstruction(decoded, *shares)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from mvcodec.codec import decode_set, encode_image
 from mvcodec.images import Image
+from mvcodec.nn import aligned_refinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import REACH, STEP, correction, excess
 from tests.conftest import smooth_picture
@@ -63,3 +64,28 @@ def test_the_papers_decoder_and_guessed_integers_are_left_alone(tiny_model):
     finally:
         handle.remove()
         net.refinement = refinement
+
+
+def test_peers_are_drawn_back_before_they_are_seen_and_again_only_what_they_changed(tiny_model, monkeypatch):
+    wide = smooth_picture(64, 112, seed=5)
+    pair = [encode_image(tiny_model, Image(wide[:, s : s + 96].copy()), 40, camera_id=f"c{s}") for s in (0, 8)]
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3)).astype(np.uint8)
+    strangers = [pair[0], encode_image(tiny_model, Image(noise), 40, camera_id="noise")]
+    seen, analysed, align = [], [], aligned_refinement.sights
+
+    def watched(pictures, *rest):
+        seen.append([(255 * x).round().byte().permute(1, 2, 0)[:64, :96].numpy() for x in pictures])
+        return align(pictures, *rest)
+
+    monkeypatch.setattr(aligned_refinement, "sights", watched)
+    handle = tiny_model.net.g_a.register_forward_hook(lambda *_: analysed.append(1))
+    try:
+        for streams, often in ((pair, 4), (strangers, 2)):
+            alone = [view.pixels for view in decode_set(tiny_model, streams, joint=False)]
+            analysed.clear()
+            together = decode_set(tiny_model, streams)
+            assert len(analysed) == often
+            assert all(np.array_equal(a, b) for a, b in zip(seen.pop(), alone, strict=True))
+        assert all(np.array_equal(view.pixels, a) for view, a in zip(together, alone, strict=True))
+    finally:
+        handle.remove()

@@ -4,6 +4,7 @@
                   |
                   features                         once per view, half resolution
                   |
+    x_i, x_j drawn back into their cells (`settle`)
     x_j --align, warp, match colours--> d_ij = warped_j - x_i --pair net--> logit, feature
                   |
                   softmax over i itself (logit 0) and all j, each j's share times its consistency
@@ -17,7 +18,7 @@ views go through the nets in tiles; then all peers of one view are warped first.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, product
 from typing import Any, NamedTuple
 
@@ -112,11 +113,13 @@ class AlignedRefinement(nn.Module):
         max_peers: int | None = None,
         maps: bool = False,
         most: int | None = None,
+        settle: Callable[[int, Tensor], None] | None = None,
     ) -> RefinedViews:
         """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1], for use; training calls the parts.
 
         max_peers: each view is helped by its most consistent peers only. most: so many pixels go through the nets at a
-        time (default: one view); views of more than that have even sides.
+        time (default: one view); views of more than that have even sides. settle: what is to become of cleaned view i
+        [3, H, W], in place, before others see it.
         """
         views, _, height, width = pictures.shape
         most = height * width if most is None else most
@@ -125,6 +128,8 @@ class AlignedRefinement(nn.Module):
         def clean(i: int) -> Tensor:
             cleaned, feature = self._clean_in_tiles(pictures[i : i + 1], quality[i : i + 1], most)
             torch.clamp(cleaned[0], 0, 1, out=refined[i])
+            if settle is not None:
+                settle(i, refined[i])
             return feature
 
         features = beside(clean, range(views), pictures.device, most // (height * width))
