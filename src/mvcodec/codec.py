@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from mvcodec.latents import LATENT_STRIDE, Walk, decode_intact, encode_latents, 
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import correction, excess
-from mvcodec.nn.transforms import KltSynthesisCoarse
 from mvcodec.padding import extended, shown
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
@@ -342,12 +341,11 @@ def reconstruct(
 
         def draw_back(n: int, picture: Tensor, group: list[int] = group, most: int = most) -> None:
             """The group's view n, in its frame [3, H, W], in place."""
-            one, (rows, columns) = slice(group[n], group[n] + 1), sizes[group[n]]
-            own = picture[None, :, : LATENT_STRIDE * rows, : LATENT_STRIDE * columns]
-            if known is None or known[group[n]]:
+            k = group[n]
+            if known is None or known[k]:
+                one, own = slice(k, k + 1), _own(picture, sizes[k])[None]
                 with torch.autocast(model.device.type, enabled=False):
-                    drawn = _constrained(model, own, latents[group[n]].float(), basis[one], qualities[one], most)
-                own.copy_(drawn)
+                    own.copy_(_constrained(model, own, latents[k].float(), basis[one], qualities[one], most))
 
         changed = list(enumerate(pictures))
         if together is not None:
@@ -360,9 +358,14 @@ def reconstruct(
             changed = [(n, picture) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
         beside(lambda view: draw_back(*view), changed, model.device, most // pixels)
         for k, picture in zip(group, pictures, strict=True):
-            rows, columns = sizes[k]
-            decoded[k] = picture[:, : LATENT_STRIDE * rows, : LATENT_STRIDE * columns]
+            decoded[k] = _own(picture, sizes[k])
     return Reconstruction(decoded, *shares)
+
+
+def _own(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """What of a picture [3, H, W] in a common frame belongs to a view of h x w latents."""
+    height, width = (LATENT_STRIDE * side for side in size)
+    return frame[:, :height, :width]
 
 
 def _synthesise(
@@ -398,10 +401,9 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
 def _constrained(model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, quality: Tensor, most: int) -> Tensor:
     """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1]."""
     net = model.net
-    if not net.constrains:
+    coarse = net.cell_synthesis
+    if coarse is None:
         return picture
-
-    coarse = cast(KltSynthesisCoarse, net.para_jd.coarse)
 
     def picture_of(part: Tensor, views: slice) -> Tensor:
         return correction(coarse, part, net.gain.inverse(basis), quality)

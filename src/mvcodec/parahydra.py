@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -277,23 +277,22 @@ class ParaHydra(nn.Module):
             x_hat = x_hat.clamp(0, 1)
         if clean and self.refinement is not None:
             x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
-        if constrain and self.constrains:
+        if constrain and (coarse := self.cell_synthesis) is not None:
             cleaned = x_hat.flatten(0, 1).clamp(0, 1)
-            x_hat = self._constrained(cleaned, y_hat, basis, t.flatten()).reshape(x_hat.shape)
+            astray = excess(self.g_a(cleaned, basis).float() * self.gain.gain(basis), y_hat)
+            with torch.autocast(y.device.type, enabled=False):
+                back = correction(coarse, astray, self.gain.inverse(basis), t.flatten())
+            x_hat = (cleaned - back).reshape(x_hat.shape)
         return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)))
 
     @property
-    def constrains(self) -> bool:
-        """Whether decoded pictures are drawn back into their cells: not where the synthesis has no inverse of its own
-        (profile `paper`), nor in the paper's decoder."""
-        return self.refinement is not None and isinstance(self.para_jd.coarse, tf.KltSynthesisCoarse)
+    def cell_synthesis(self) -> tf.KltSynthesisCoarse | None:
+        """What draws decoded pictures back into their cells.
 
-    def _constrained(self, pictures: Tensor, y_hat: Tensor, basis: Tensor, t: Tensor) -> Tensor:
-        """Decoded pictures [B, 3, H, W] and the y_hat [B, M, h, w] that they were decoded from -> the same, drawn."""
-        y = self.g_a(pictures, basis).float() * self.gain.gain(basis)
-        coarse = cast(tf.KltSynthesisCoarse, self.para_jd.coarse)
-        with torch.autocast(y.device.type, enabled=False):
-            return pictures - correction(coarse, excess(y, y_hat), self.gain.inverse(basis), t)
+        None where the synthesis has no inverse of its own (profile `paper`), and in the paper's decoder.
+        """
+        coarse = self.para_jd.coarse
+        return coarse if self.refinement is not None and isinstance(coarse, tf.KltSynthesisCoarse) else None
 
     def _entropy(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """y [B, M, h, w], t [B] -> y_hat as the decoder will have it, bits of each view [B] (Eq. (2), (3))."""

@@ -44,15 +44,19 @@ def weights(path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
-    whole = weights(train(config, progress=False))
-    parted = replace(config, run_dir=str(tmp_path / "parted"))
+def goes_on_as_if_not_stopped(config: TrainConfig, whole: dict[str, torch.Tensor], folder: Path) -> None:
+    """Saved after three steps and resumed, the run ends with the weights of the whole one."""
+    parted = replace(config, run_dir=str(folder / "parted"))
     trainer = Trainer(parted, progress=False)
     for _ in range(3):
         trainer.train_step()
     trainer.save()
     resumed = weights(train(parted, progress=False))
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
+    goes_on_as_if_not_stopped(config, weights(train(config, progress=False)), tmp_path)
 
 
 def test_an_interrupt_waits_for_the_end_of_a_step(config, tmp_path, interrupted):
@@ -126,32 +130,21 @@ def test_decoder_stage_trains_what_turns_integers_into_pictures_and_goes_on_as_i
     changed = changed_by(run)
     decoder = ("para_jd.coarse.", "para_jd.fine.", "gain.log_inverse", "refinement.look.", "refinement.clean_out.")
     assert {next(part for part in decoder if name.startswith(part)) for name in changed} == set(decoder)
-    whole = weights(Path(run.run_dir) / "checkpoint.pt")
-    parted = replace(run, run_dir=str(tmp_path / "parted"))
-    trainer = Trainer(parted, progress=False)
-    for _ in range(3):
-        trainer.train_step()
-    trainer.save()
-    resumed = weights(train(parted, progress=False))
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    goes_on_as_if_not_stopped(run, weights(Path(run.run_dir) / "checkpoint.pt"), tmp_path)
 
 
 def test_decoder_stage_sees_the_pictures_that_files_give(config, tiny_model_file):
     """To the precision of the levels, and drawn back into their cells from where a poor decoder left them."""
-    trainer, model = (
-        Trainer(replace(config, stage="decoder", start_from=str(tiny_model_file))),
-        load_model(tiny_model_file),
-    )
+    trainer = Trainer(replace(config, stage="decoder", start_from=str(tiny_model_file)))
+    model = load_model(tiny_model_file)
     for net in (trainer.model, model.net):
         torch.nn.init.constant_(net.refinement.clean_out.bias, 0.5)  # 8 of 255 too bright
     calm = smooth_picture(64, 128) // 2 + 64
     clipped = (3 * calm.astype(int) - 256).clip(0, 255).astype(np.uint8)
     for picture, quality in product((calm, clipped), (15, 90)):
         (decoded,) = decode_set(model, [encode_image(model, Image(picture), quality, camera_id="a")])
-        pixels, t = (
-            torch.from_numpy(picture).permute(2, 0, 1)[None, None].float() / 255,
-            torch.tensor([[quality / 100]]),
-        )
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None, None].float() / 255
+        t = torch.tensor([[quality / 100]])
 
         def apart(constrain: bool, decoded=decoded.pixels, pixels=pixels, t=t) -> float:
             with torch.no_grad():
@@ -168,14 +161,7 @@ def test_quantise_stage_rounds_what_it_trains_and_goes_on_as_if_not_stopped(conf
     changed = changed_by(run)
     assert changed
     assert all(name.startswith(("h_s.", "para_em.")) for name in changed)
-    whole = weights(Path(run.run_dir) / "checkpoint.pt")
-    parted = replace(run, run_dir=str(tmp_path / "parted"))
-    trainer = Trainer(parted, progress=False)
-    for _ in range(3):
-        trainer.train_step()
-    trainer.save()
-    resumed = weights(train(parted, progress=False))
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    goes_on_as_if_not_stopped(run, weights(Path(run.run_dir) / "checkpoint.pt"), tmp_path)
 
 
 def test_quantise_stage_is_exported_with_the_grids_it_was_trained_on(config, single, tmp_path):

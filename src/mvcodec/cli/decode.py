@@ -162,9 +162,10 @@ def decode(
 
     def there(view: Received, members: Sequence[Received]) -> bool:
         """With --skip-existing: is nothing of this view wanted that is not there already?"""
+        if drawn is None or not targets.skips(places[id(view)]):
+            return targets.skips(places[id(view)])
         peers = sorted({(peer.header.camera_id, peer.data) for peer in members if peer.data != view.data})
-        maps = drawn.paths(view.source, [camera for camera, _ in peers]) if drawn else []
-        return targets.skips(places[id(view)]) and all(path.exists() for path in maps)
+        return all(path.exists() for path in drawn.paths(view.source, [camera for camera, _ in peers]))
 
     sets = list(_sets(instants(views, lambda view: view.instant, window_us), views))
     finishing: list[Finishing] = []  # of the instant before, while the next one is decoded

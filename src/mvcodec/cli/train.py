@@ -13,6 +13,7 @@ import click
 
 from mvcodec.cli.report import Report, on_device, reporting
 from mvcodec.errors import UsageError
+from mvcodec.training.config import STAGES, TrainConfig, read_config
 
 FOLDER = click.Path(exists=True, file_okay=False)
 MOST = 1024  # threads, processes: more is a slip of the hand
@@ -33,8 +34,6 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     """The file's settings become the options' defaults: what stands on the command line goes before."""
     if name is None:
         return
-    from mvcodec.training.config import read_config
-
     parameters = {"data": next(p for p in ctx.command.params if p.name == "data")}  # by setting
     for parameter in ctx.command.params:
         for word in parameter.opts:
@@ -72,7 +71,7 @@ def fits(parameter: click.Parameter, value: object) -> bool:
 @click.option("--profile", type=click.Choice(["fast", "paper", "tiny"]), default="fast", show_default=True)
 @click.option(
     "--stage",
-    type=click.Choice(["single", "decoder", "refine", "joint", "quantise"]),
+    type=click.Choice(STAGES),
     default="single",
     show_default=True,
     help="single: all, on lone views; decoder: the same without what fixes the bits; refine: the aligned refinement"
@@ -169,7 +168,6 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
 
     from mvcodec import api
     from mvcodec.training.checkpoint import read_checkpoint
-    from mvcodec.training.config import TrainConfig
     from mvcodec.training.export import export_checkpoint
     from mvcodec.training.loop import train as train_
 

@@ -19,7 +19,8 @@ else:
 
 
 STAGES = ("single", "decoder", "refine", "joint", "quantise")
-LOOP = ("single", "decoder", "joint", "quantise")  # those of loop.py; stage refine has one of its own
+LOOP = tuple(stage for stage in STAGES if stage != "refine")  # those of loop.py
+LATER = ("decoder", "refine", "quantise")  # that make no sense from nothing
 KNOWN_TO = {  # settings that not every stage knows
     **dict.fromkeys(
         ("validation", "validate_every", "compile", "optimizer", "workers", "crop", "crop_width", "jitter"), LOOP
@@ -64,13 +65,16 @@ class TrainConfig:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """UsageError for a stage that there is not, and for settings that this one does not know."""
+    """UsageError for a stage that there is not, settings that this one does not know, or nothing to start from."""
     if config.stage not in STAGES:
         raise UsageError(f"stage {config.stage!r} is none of {', '.join(STAGES)}")
     for name, stages in KNOWN_TO.items():
         if config.stage not in stages and getattr(config, name) != getattr(TrainConfig, name):
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is nothing that stage {config.stage} knows; leave it out")
+    begun = config.start_from or (Path(config.run_dir) / "checkpoint.pt").exists()
+    if config.stage in LATER and not begun:
+        raise UsageError(f"stage {config.stage} needs a checkpoint or model file to start from")
 
 
 def parallax_weight(config: TrainConfig, step: int) -> float:

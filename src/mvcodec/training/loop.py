@@ -199,6 +199,7 @@ class Trainer:
         """Per quality: mean bpp (estimated) and mean PSNR of separate (and in stage joint, joint) decoding, with
         averaged weights."""
         rows: list[dict[str, float | str]] = []
+        way = {"fuse": self.joint, "constrain": self.way["constrain"]}
         with self.ema.applied_to(self.model), self.autocast():
             for quality in VALIDATION_QUALITIES:
                 bpps: list[float] = []
@@ -209,7 +210,6 @@ class Trainer:
                     t = torch.full(pictures.shape[:2], quality, device=self.device)
                     torch.manual_seed(0)
                     for joint, psnrs in ((False, alone), (True, together))[: 1 + self.joint]:
-                        way = {"fuse": self.joint, "constrain": self.way["constrain"]}
                         out = self.model(pictures, t, joint, **way)
                         mse = (out.pictures.clamp(0, 1) - pictures).square().mean(dim=(2, 3, 4))
                         psnrs.extend((-10 * torch.log10(mse)).flatten().tolist())
@@ -307,12 +307,6 @@ def format_validation(row: dict[str, float | str]) -> str:
 def check(config: TrainConfig) -> None:
     """UsageError for settings that cannot go together, before anything is loaded."""
     check_settings(config)
-    if (
-        config.stage in ("quantise", "decoder")
-        and not config.start_from
-        and not (Path(config.run_dir) / "checkpoint.pt").exists()
-    ):
-        raise UsageError(f"stage {config.stage} needs a checkpoint or model file to start from")
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
     check_distortion(config.distortion)

@@ -122,8 +122,6 @@ def check(config: TrainConfig) -> None:
         raise UsageError("stage refine runs in one process; start it without torchrun")
     check_distortion(config.distortion)
     check_settings(config)
-    if not config.start_from and not (Path(config.run_dir) / "checkpoint.pt").exists():
-        raise UsageError("stage refine needs a checkpoint or model file to start from")
     refuse_foreign(Path(config.run_dir))
 
 
