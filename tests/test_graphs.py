@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -120,6 +120,30 @@ def test_a_shape_is_recorded_after_its_second_call_and_replayed_from_the_third()
     assert module.calls == 6  # another shape, type or order in memory is another key
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    rest: tuple[Tensor, ...]
+
+
+def turned_round(pair: Pair, times: int, nothing: None) -> tuple[Pair, Tensor]:
+    assert nothing is None
+    return Pair(pair.rest[0] * times, (pair.first,)), sum(pair.rest, pair.first)
+
+
+def test_tuples_of_tensors_go_in_and_come_out_and_constants_are_part_of_what_is_recorded() -> None:
+    graphs = Graphs(Tape())
+    for n in range(5):
+        for times in (2, 3):
+            given = Pair(torch.full((2,), 1.0 * n), (torch.ones(3, 1), torch.zeros(3, 1)))
+            found, wanted = graphs(turned_round, given, times, None), turned_round(given, times, None)
+            assert isinstance(found[0], Pair)
+            assert all(torch.equal(x, y) for x, y in zip(tensors(found), tensors(wanted), strict=True))
+    assert graphs.state()["recorded"] == {"turned_round": 2}
+    assert graphs.state()["replayed"] == {"turned_round": 6}
+    graphs(turned_round, Pair(torch.ones(2), (torch.ones(3, 1),)), 2, None)  # one tensor less is another key
+    assert graphs.state()["replayed"] == {"turned_round": 6}
+
+
 def test_results_are_the_callers_own() -> None:
     graphs = Graphs(Tape())
     relu = nn.ReLU()
@@ -217,6 +241,7 @@ def test_replayed_files_and_pictures_are_those_of_the_networks(tiny_model: Any, 
     assert not state["refused"]
     assert state["recorded"]["ParaEM"] == 2  # walks of one view, encoder's and decoder's, and of two
     recorded = {"KltAnalysis", "HyperAnalysis", "HyperSynthesis", "KltSynthesisCoarse", "AlignedRefinement.clean"}
+    recorded |= {"_prepare", "_meeting", "_refined", "_settled"}  # of alignment
     assert recorded < set(state["replayed"])
 
 

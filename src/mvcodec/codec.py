@@ -352,7 +352,13 @@ def reconstruct(
             with _autocast(model):
                 # Peers, too, are drawn back before they are seen; what none of them changed is then as it shall be.
                 refined = together(
-                    pictures, qualities[group], max_peers=max_peers, maps=maps, most=most, settle=draw_back
+                    pictures,
+                    qualities[group],
+                    max_peers=max_peers,
+                    maps=maps,
+                    most=most,
+                    settle=draw_back,
+                    call=model.graphs if pixels <= most else PLAIN,
                 )
             pictures, shares = refined.pictures, refined[1:]
             changed = [(n, picture) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]

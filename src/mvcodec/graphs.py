@@ -1,9 +1,10 @@
-"""Networks on a GPU as CUDA graphs: what takes thousands of launches is recorded once for each shape, then replayed.
+"""Networks and alignment on a GPU as CUDA graphs: thousands of launches, recorded once for each shape, then replayed.
 
 A walk through the entropy model stops for the coder at every step. It is recorded as a chain of graphs, cut there:
 
     inputs --[graph 0]--> (mu, ln sigma) --coder--> y_hat of step 0 --[graph 1]--> ... --[graph n]--> output
 
+So is alignment, where the host solves a small problem (nn/epipolar.py); between its graphs the host decides.
 The first call of a shape runs as always: who codes one picture pays for nothing. The second runs as always, too, on the
 stream where recording follows it, and is the warm-up that recording asks for. From the third on it is replayed.
 Recording executes nothing and has no result to lose: where it fails, that network goes on as always, and `refused`
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor
 
 Code = Callable[[int, Tensor, Tensor], Tensor]  # as para_em.CodeStep: what it returns has the second argument's shape
-Key = tuple[Any, ...]
-MOST = 32  # chains: about eight sizes of pictures, coded and decoded
+Key = Any
+MOST = 64  # chains: about four sizes of pictures, coded and decoded jointly
 REMEMBERED = 256  # shapes that were seen once
 
 
@@ -103,12 +104,10 @@ class Link(NamedTuple):
 class Chain:
     """A function recorded at one shape."""
 
-    def __init__(
-        self, recorder: Recorder, function: Callable[..., Any], inputs: tuple[Tensor, ...], pauses: bool
-    ) -> None:
+    def __init__(self, recorder: Recorder, function: Callable[..., Any], inputs: tuple[Any, ...], pauses: bool) -> None:
         """To be called inside `recorder.beside`, after the function has run there."""
         self.function = function
-        self.inputs = [torch.zeros_like(x) for x in inputs]
+        self.inputs = _each(torch.zeros_like, inputs)
         self.links: list[Link] = []
 
         def cut(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
@@ -125,16 +124,16 @@ class Chain:
             recorder.abandon()
             raise
 
-    def replay(self, inputs: tuple[Tensor, ...], code: Code | None) -> Any:
+    def replay(self, inputs: tuple[Any, ...], code: Code | None) -> Any:
         """The function of these inputs, in tensors of its own."""
-        for held, x in zip(self.inputs, inputs, strict=True):
+        for held, x in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
             held.copy_(x)
         for link in self.links:
             link.replay()
             assert code is not None
             link.answer.copy_(code(link.step, *link.told))
         self.last()
-        return _copied(self.output)
+        return _each(Tensor.clone, self.output)
 
 
 class Graphs:
@@ -149,10 +148,11 @@ class Graphs:
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._busy = threading.Lock()
 
-    def __call__(self, function: Callable[..., Any], *inputs: Tensor, code: Code | None = None) -> Any:
+    def __call__(self, function: Callable[..., Any], *inputs: Any, code: Code | None = None) -> Any:
         """function(*inputs), or function(*inputs, code) if it asks for values on its way.
 
-        The function does the same whatever its inputs hold, and nothing waits for the device in it. `code` keeps
+        inputs, and what the function returns: tensors, tuples of such, or what is always the same for a shape.
+        The function does the same whatever its tensors hold, and nothing waits for the device in it. `code` keeps
         none of the tensors it is given. Outside inference mode nothing is recorded.
         """
         recorder = self.recorder
@@ -166,9 +166,9 @@ class Graphs:
             self._busy.release()
 
     def _call(
-        self, recorder: Recorder, function: Callable[..., Any], inputs: tuple[Tensor, ...], code: Code | None
+        self, recorder: Recorder, function: Callable[..., Any], inputs: tuple[Any, ...], code: Code | None
     ) -> Any:
-        key = function, *((x.shape, x.stride(), x.dtype) for x in inputs)
+        key = function, _each(lambda x: (x.shape, x.stride(), x.dtype), inputs)
         if chain := self._chains.get(key):
             self.replays[_name(function)] += 1
             return chain.replay(inputs, code)
@@ -214,12 +214,24 @@ def graphs_on(device: torch.device) -> Graphs:
     return Graphs(CudaRecorder(device)) if device.type == "cuda" else PLAIN
 
 
-def _plain(function: Callable[..., Any], inputs: tuple[Tensor, ...], code: Code | None) -> Any:
+def _plain(function: Callable[..., Any], inputs: tuple[Any, ...], code: Code | None) -> Any:
     return function(*inputs) if code is None else function(*inputs, code)
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else tuple(map(_copied, value))
+def _each(of: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same tuples of what `of` makes of their tensors."""
+    if isinstance(value, Tensor):
+        return of(value)
+    if not isinstance(value, tuple):
+        return value
+    parts = (_each(of, x) for x in value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _each(found.append, value)
+    return found
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mvcodec.graphs import PLAIN
 from mvcodec.nn import alignment, matching
 from mvcodec.nn.alignment import sights
 from mvcodec.nn.turning import find_turn, turn_back, turn_of, turned_view, worth_turning
@@ -64,7 +65,7 @@ def test_nothing_in_common_has_no_turn_and_level_pairs_are_not_turned() -> None:
     assert find_turn(luma(texture(grid())), luma(texture(grid(), seed=5)), describe) is None
     assert find_turn(torch.zeros(1, 1, 9, 7), torch.zeros(1, 1, 9, 7), describe) is None
     level = [alignment._prepare(x) for x in (texture(grid()), texture(grid() - 6.0))]
-    assert alignment._meet(*level).turn is None
+    assert alignment._meet(*level, PLAIN).turn is None
 
 
 def test_steep_surfaces_are_found() -> None:

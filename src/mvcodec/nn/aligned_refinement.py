@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvcodec.cores import at_a_time, beside
+from mvcodec.graphs import PLAIN, Graphs
 from mvcodec.nn.alignment import Sight, sights
 from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.nn.warping import BAND_PIXELS, CACHED_PIXELS, bands, warp
@@ -52,6 +53,15 @@ class Peer(NamedTuple):
 
     picture: Tensor  # [B, 3, H, W]
     consistency: Tensor  # [B, 1, H, W] in [0, 1]
+    quality: Tensor  # [B]
+
+
+class Other(NamedTuple):
+    """Another view as it was taken, and where the main view finds itself in it."""
+
+    picture: Tensor  # [B, 3, H, W]
+    flow: Tensor  # [B, 2, H, W]
+    consistency: Tensor  # [B, 1, H, W]
     quality: Tensor  # [B]
 
 
@@ -114,19 +124,20 @@ class AlignedRefinement(nn.Module):
         maps: bool = False,
         most: int | None = None,
         settle: Callable[[int, Tensor], None] | None = None,
+        call: Graphs = PLAIN,
     ) -> RefinedViews:
         """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1], for use; training calls the parts.
 
         max_peers: each view is helped by its most consistent peers only. most: so many pixels go through the nets at a
         time (default: one view); views of more than that have even sides. settle: what is to become of cleaned view i
-        [3, H, W], in place, before others see it.
+        [3, H, W], in place, before others see it. call: what views go through in one piece can be replayed.
         """
         views, _, height, width = pictures.shape
         most = height * width if most is None else most
         refined = torch.empty_like(pictures, dtype=torch.float32)
 
         def clean(i: int) -> Tensor:
-            cleaned, feature = self._clean_in_tiles(pictures[i : i + 1], quality[i : i + 1], most)
+            cleaned, feature = self._clean_in_tiles(pictures[i : i + 1], quality[i : i + 1], most, call)
             torch.clamp(cleaned[0], 0, 1, out=refined[i])
             if settle is not None:
                 settle(i, refined[i])
@@ -138,16 +149,20 @@ class AlignedRefinement(nn.Module):
         if peers and views > 1:
             # The peers of every view are the cleaned views, not the ones that their peers have refined.
             cleaned = refined.clone()
+            qualities = quality.tolist()
 
             def fuse(seen: tuple[int, Sight]) -> None:
                 i, sight = seen
-                overlap = sight.consistency.mean((1, 2, 3)) >= MIN_OVERLAP
-                able = [float(quality[j]) >= float(quality[i]) - MAX_COARSER for j in sight.peers]
-                kept = [n for n in range(len(sight.peers)) if overlap[n] and able[n]]
+                overlap = sight.consistency.mean((1, 2, 3)).tolist()
+                able = [qualities[j] >= qualities[i] - MAX_COARSER for j in sight.peers]
+                kept = [n for n in range(len(sight.peers)) if overlap[n] >= MIN_OVERLAP and able[n]]
                 chosen = [sight.peers[n] for n in kept]
                 given = torch.zeros(len(chosen), dtype=torch.float64)
-                others = self._see(cleaned, sight, i, kept, quality)
-                tiles = self._fuse_in_tiles(cleaned[i : i + 1], features[i], quality[i : i + 1], others, most)
+                others = tuple(
+                    Other(cleaned[j : j + 1], sight.flow[n][None], sight.consistency[n][None], quality[j : j + 1])
+                    for n, j in zip(kept, chosen, strict=True)
+                )
+                tiles = self._fuse_in_tiles(cleaned[i : i + 1], features[i], quality[i : i + 1], others, most, call)
                 for rows, columns, fused in tiles:
                     place, inside = (..., rows.kept, columns.kept), (..., rows.inside, columns.inside)
                     refined[i][place] = fused.pictures[0][inside].clamp_(0, 1)
@@ -159,7 +174,7 @@ class AlignedRefinement(nn.Module):
                 weights[i, chosen] = (given / (height * width)).float()
                 weights[i, i] = 1 - weights[i, chosen].sum()
 
-            found = enumerate(sights(cleaned, max_peers, self.steady, quality, steadied_at_once(most)))
+            found = enumerate(sights(cleaned, max_peers, self.steady, quality, steadied_at_once(most), call))
             at_once = fused_at_once(most, height * width, min(max_peers or views, views - 1))
             while some := list(islice(found, at_a_time(pictures.device, at_once))):
                 beside(fuse, some, pictures.device)
@@ -167,37 +182,35 @@ class AlignedRefinement(nn.Module):
             drawn[range(views), range(views)] = 255
         return RefinedViews(refined, weights, drawn)
 
-    def _clean_in_tiles(self, picture: Tensor, quality: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    def _clean_in_tiles(self, picture: Tensor, quality: Tensor, most: int, call: Graphs) -> tuple[Tensor, Tensor]:
         """`clean` of one view, at most so many pixels at a time."""
         if picture[0, 0].numel() <= most:
-            return self.clean(picture, quality)
+            found: tuple[Tensor, Tensor] = call(self.clean, picture, quality)
+            return found
         features = tiled(self, lambda x, _: self._features(x, quality), picture, most)
         residual = tiled(self, lambda x, _: self.clean_out(x), features, max(most // 4, 1))
         return _restore(residual, picture).add_(picture), features
 
     def _fuse_in_tiles(
-        self, main: Tensor, features: Tensor, quality: Tensor, peers: Iterable[Peer], most: int
+        self, main: Tensor, features: Tensor, quality: Tensor, others: tuple[Other, ...], most: int, call: Graphs
     ) -> Iterator[tuple[Span, Span, Fused]]:
         """`fuse` of one view, at most so many pixels at a time: what is `inside` the spans is as in one piece."""
         height, width = main.shape[-2:]
-        whole = height * width <= most
-        side = max(height, width) if whole else max(math.isqrt(most) - 2 * REACH, REACH) // 2 * 2
-        grid = list(product(spans(height, side, REACH), spans(width, side, REACH)))
-        peers = list(peers) if len(grid) > 1 else peers
-        for rows, columns in grid:
+        if height * width <= most:
+            (rows,), (columns,) = spans(height, height, 0), spans(width, width, 0)
+            yield rows, columns, call(self._fuse_with, main, features, quality, others)
+            return
+        side = max(math.isqrt(most) - 2 * REACH, REACH) // 2 * 2
+        peers = list(_seen_from(main, others))
+        for rows, columns in product(spans(height, side, REACH), spans(width, side, REACH)):
             seen = (..., rows.seen, columns.seen)
             down, across = (slice(span.seen.start // 2, -(-span.seen.stop // 2)) for span in (rows, columns))
             parts = (Peer(peer.picture[seen], peer.consistency[seen], peer.quality) for peer in peers)
             yield rows, columns, self.fuse(main[seen], features[..., down, across], quality, parts)
 
-    def _see(self, pictures: Tensor, sight: Sight, view: int, kept: list[int], quality: Tensor) -> Iterator[Peer]:
-        """Peers `kept` of a sight, one at a time."""
-        main = pictures[view : view + 1]
-        for n in kept:
-            j = sight.peers[n]
-            consistency = sight.consistency[n][None]
-            picture = see(pictures[j : j + 1], main, sight.flow[n][None], consistency)
-            yield Peer(picture, consistency, quality[j : j + 1])
+    def _fuse_with(self, main: Tensor, features: Tensor, quality: Tensor, others: tuple[Other, ...]) -> Fused:
+        """`fuse` with peers that are still to be warped."""
+        return self.fuse(main, features, quality, _seen_from(main, others))
 
     def clean(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Each view alone: [B, 3, H, W], quality [B] -> picture [B, 3, H, W], features [B, C, H/2, W/2]."""
@@ -246,6 +259,12 @@ class AlignedRefinement(nn.Module):
         elif self.steady is None:
             self.steady = SteadyFlow().to(self.pair_out.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _seen_from(main: Tensor, others: tuple[Other, ...]) -> Iterator[Peer]:
+    """One at a time: memory holds one warped picture."""
+    for side, flow, consistency, quality in others:
+        yield Peer(see(side, main, flow, consistency), consistency, quality)
 
 
 def see(side: Tensor, main: Tensor, flow: Tensor, consistency: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Warps better than OpenCV's DIS (medium) on WebP-decoded real pairs, and reaches 
 about a tenth of the width). What it costs: docs/joint.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvcodec.cores import beside
-from mvcodec.nn.epipolar import epipolar_lines
+from mvcodec.graphs import PLAIN, Code, Graphs
+from mvcodec.nn.epipolar import epipolar_lines, least_direction
 from mvcodec.nn.filters import blur, enlarge, local_mean
 from mvcodec.nn.local_flow import improve
 from mvcodec.nn.matching import describe, fill, match_globally, orientations, propagate
@@ -54,13 +55,19 @@ class Sight(NamedTuple):
     consistency: Tensor  # [S, 1, H, W] in [0, 1]: exp(-round-trip error in pixels), 0 where nothing matches
 
 
+class _Cells(NamedTuple):
+    """What histograms see of a view; level n has 1 / 2^n of the padded picture's size."""
+
+    quarter: Tensor  # grey values of level 2, of 255
+    descriptors: tuple[Tensor, ...]  # levels FINE .. coarsest: [1, 72, h, w], unit length
+
+
 class _View(NamedTuple):
-    """What is computed once per view; level n has 1 / 2^n of the padded picture's size."""
+    """What is computed once per view."""
 
     luma: Tensor  # [1, 1, H, W], of 255
-    quarter: Tensor  # the same at level 2
-    grey: dict[int, Tensor]  # levels 0 .. FINE: [1, 1, h, w], light flattened
-    descriptor: dict[int, Tensor]  # levels FINE .. coarsest: [1, 72, h, w], unit length
+    grey: tuple[Tensor, ...]  # levels 0 .. FINE: [1, 1, h, w], light flattened
+    cells: _Cells
 
 
 class _Meeting(NamedTuple):
@@ -68,7 +75,11 @@ class _Meeting(NamedTuple):
 
     flow: Tensor  # level FINE, [2, 2, h, w]; of b turned, if it is
     turn: Tensor | None  # how b is turned to look like a, as in turning.py
-    overlap: Tensor  # [2], mean consistency
+    overlap: Sequence[float]  # mean consistency of a -> b and b -> a
+
+    @property
+    def sure(self) -> float:
+        return sum(self.overlap) / 2
 
 
 @torch.no_grad()
@@ -78,21 +89,23 @@ def sights(
     steady: SteadyFlow | None = None,
     quality: Tensor | None = None,
     tiles: int | None = None,
+    call: Graphs = PLAIN,
 ) -> Iterator[Sight]:
     """Align the views [K, 3, H, W] in [0, 1], of any size: one after the other, each with its peers.
 
     max_peers: only the most consistent ones of each view, judged at 1/8; others are not aligned at all.
     steady: the network of the last step, which also needs the views' qualities [K]; it takes so many tiles at a time.
+    call: what a GPU does between two decisions can be replayed.
     A pair is aligned once, both ways. What waits for its turn are the ways back: at most K^2 / 4 of them.
     """
     views, _, height, width = pictures.shape
     with _exact(pictures):
-        prepared = beside(lambda picture: _prepare(picture[None].float()), list(pictures), pictures.device)
+        prepared = beside(lambda picture: call(_prepare, picture[None].float()), list(pictures), pictures.device)
         those = list(combinations(range(views), 2))
-        met = beside(lambda pair: _meet(prepared[pair[0]], prepared[pair[1]]), those, pictures.device)
+        met = beside(lambda pair: _meet(prepared[pair[0]], prepared[pair[1]], call), those, pictures.device)
         pairs, overlap = dict(zip(those, met, strict=True)), torch.full((views, views), -1.0)
         for (i, j), meeting in pairs.items():
-            overlap[i, j], overlap[j, i] = meeting.overlap.cpu()
+            overlap[i, j], overlap[j, i] = meeting.overlap
     count = min(views - 1, views if max_peers is None else max_peers)
     chosen = [sorted(overlap[i].argsort(descending=True)[:count].tolist()) for i in range(views)]
     waiting: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -101,14 +114,10 @@ def sights(
         for j in chosen[i]:
             if (i, j) not in waiting:
                 pair = (min(i, j), max(i, j))
-                with _exact(pictures):
-                    a, b = prepared[pair[0]], prepared[pair[1]]
-                    flow = _align_pair(a, b, pairs.pop(pair))
-                    inner = flow[..., :height, :width]
-                    consistency = _consistency(inner, inner.flip(0))
-                if steady is not None and quality is not None:  # what it adds is small: bfloat16 will do
-                    flow = _steadied(steady, a, b, flow, consistency, quality[list(pair)], tiles)
-                flow = flow[..., :height, :width]
+                a, b = (prepared[k] for k in pair)
+                flow = _align_pair(a, b, pairs.pop(pair), call)
+                which = None if steady is None or quality is None else torch.stack([quality[k] for k in pair])
+                flow, consistency = call(_settled, a.grey[0], b.grey[0], flow, (height, width), steady, which, tiles)
                 for n, key in enumerate((pair, pair[::-1])):
                     if key == (i, j) or key[1] in chosen[key[0]]:
                         # a copy: a slice would keep the other way alive
@@ -142,8 +151,8 @@ def _prepare(picture: Tensor) -> _View:
 
 
 def _luma(pictures: Tensor) -> Tensor:
-    weights = pictures.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return 255 * (pictures * weights).sum(1, keepdim=True)
+    red, green, blue = pictures.split(1, 1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).mul_(255)
 
 
 def grey_values(pictures: Tensor) -> Tensor:
@@ -152,12 +161,12 @@ def grey_values(pictures: Tensor) -> Tensor:
 
 
 def _levels(luma: Tensor, coarsest: int) -> _View:
-    grey = {0: luma}
-    for level in range(1, FINE + 1):
-        grey[level] = F.avg_pool2d(blur(grey[level - 1]), 2)
+    grey = [luma]
+    for _ in range(FINE):
+        grey.append(F.avg_pool2d(blur(grey[-1]), 2))
     histograms = orientations(grey[2])
-    descriptor = {level: describe(histograms, 2 ** (level - 2)) for level in range(FINE, coarsest + 1)}
-    return _View(luma, grey[2], {level: _flatten_light(x) for level, x in grey.items()}, descriptor)
+    descriptors = tuple(describe(histograms, 2 ** (level - 2)) for level in range(FINE, coarsest + 1))
+    return _View(luma, tuple(map(_flatten_light, grey)), _Cells(grey[2], descriptors))
 
 
 def _flatten_light(grey: Tensor) -> Tensor:
@@ -169,37 +178,37 @@ def _flatten_light(grey: Tensor) -> Tensor:
 # --- once per pair; batch entry 0 is a -> b, entry 1 is b -> a, so flip(0) is the way back ---
 
 
-def _meet(a: _View, b: _View) -> _Meeting:
+def _meet(a: _View, b: _View, call: Graphs) -> _Meeting:
     """Flow from histograms; of b turned and zoomed if that is what it takes."""
-    upright = _meeting(a, b)
-    if upright.overlap.mean() < UNSURE:
+    flow, overlap, turn = call(_meeting, a.cells, b.cells)
+    upright = _Meeting(flow, None, overlap.tolist())
+    if upright.sure < UNSURE:
         turn = find_turn(a.luma, b.luma, lambda grey, cell: describe(orientations(grey), cell))
-    else:
-        there, back = upright.flow, upright.flow.flip(0)
-        turn = turn_of(there[0], _consistency(there, back)[0, 0], 2**FINE)
     if turn is None or not worth_turning(turn):
         return upright
-    turned = _meeting(a, _turned(b, turn), turn)
-    return turned if turned.overlap.mean() > AS_SURE * upright.overlap.mean() else upright
+    flow, overlap, _ = call(_meeting, a.cells, _turned(b, turn).cells)
+    turned = _Meeting(flow, turn, overlap.tolist())
+    return turned if turned.sure > AS_SURE * upright.sure else upright
 
 
-def _meeting(a: _View, b: _View, turn: Tensor | None = None) -> _Meeting:
-    coarsest = max(a.descriptor)
-    flow = match_globally(a.descriptor[coarsest], b.descriptor[coarsest])
-    for level in range(coarsest - 1, FINE - 1, -1):
-        cells = torch.cat((a.descriptor[level], b.descriptor[level]))
+def _meeting(a: _Cells, b: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow at level FINE, [2, 2, h, w], mean consistency [2], and the turn that the flow is nearest to."""
+    flow = match_globally(a.descriptors[-1], b.descriptors[-1])
+    for one, other in zip(a.descriptors[-2::-1], b.descriptors[-2::-1], strict=True):
+        cells = torch.cat((one, other))
         flow = propagate(cells, cells.flip(0), _double(flow))
     second = _look_again(a, b, flow)
     before, after = (local_mean(local_mean(_consistency(x, x.flip(0)))) for x in (flow, second))
     flow = torch.where(after >= before, second, flow)  # where little is right, bending by it makes it worse
-    return _Meeting(flow, turn, _consistency(flow, flow.flip(0)).mean((1, 2, 3)))
+    consistency = _consistency(flow, flow.flip(0))
+    return flow, consistency.mean((1, 2, 3)), turn_of(flow[0], consistency[0, 0], 2**FINE)
 
 
 def _turned(view: _View, turn: Tensor) -> _View:
-    return _levels(turned_view(view.luma, turn), max(view.descriptor))
+    return _levels(turned_view(view.luma, turn), FINE + len(view.cells.descriptors) - 1)
 
 
-def _look_again(a: _View, b: _View, flow: Tensor) -> Tensor:
+def _look_again(a: _Cells, b: _Cells, flow: Tensor) -> Tensor:
     """Propagation on the side view bent by the flow, smoothed: slanted and shrunk surfaces look alike then."""
     weight = torch.exp(-0.5 * round_trip_error(flow, flow.flip(0)))
     bend, weight = fill(flow, weight), weight + 0.02
@@ -209,36 +218,55 @@ def _look_again(a: _View, b: _View, flow: Tensor) -> Tensor:
     bend = total / weight
     fine = _double(bend)  # as the quarters
     side = sample(torch.cat((b.quarter, a.quarter)), pixel_grid(fine.shape[-2], fine.shape[-1], fine) + fine)
-    main = torch.cat((a.descriptor[FINE], b.descriptor[FINE]))
+    main = torch.cat((a.descriptors[0], b.descriptors[0]))
     rest = propagate(main, describe(orientations(side), 2 ** (FINE - 2)), flow - bend)
     return rest + sample(bend, pixel_grid(rest.shape[-2], rest.shape[-1], rest) + rest)
 
 
-def _align_pair(a: _View, b: _View, meeting: _Meeting) -> Tensor:
+def _align_pair(a: _View, b: _View, meeting: _Meeting, call: Graphs) -> Tensor:
     """Flow at full padded size, [2, 2, H, W]."""
     start, turn, _ = meeting
-    if turn is not None:
-        b = _turned(b, turn)
+    with _exact(start):
+        if turn is None:
+            return call(_refined, a.grey, b.grey, start, code=least_direction)
+        return turn_back(call(_refined, a.grey, _turned(b, turn).grey, start, code=least_direction), turn)
+
+
+def _refined(a: tuple[Tensor, ...], b: tuple[Tensor, ...], start: Tensor, least: Code) -> Tensor:
+    """Grey values of all levels and the flow at level FINE -> flow at level 0."""
     flow = fill(start, torch.exp(-0.5 * round_trip_error(start, start.flip(0))))
     for level, warps in WARPS.items():
         if level < FINE:
             flow = _double(flow)
-        grey = torch.cat((a.grey[level], b.grey[level]))
+        grey = torch.cat((a[level], b[level]))
         for n in range(warps):
-            lines = epipolar_lines(flow) if level <= SHARP and n == warps - 1 else None
+            lines = epipolar_lines(flow, least) if level <= SHARP and n == warps - 1 else None
             flow = improve(grey, grey.flip(0), flow, lines)
-    return flow if turn is None else turn_back(flow, turn)
+    return flow
 
 
-def _steadied(
-    steady: SteadyFlow, a: _View, b: _View, flow: Tensor, consistency: Tensor, quality: Tensor, tiles: int | None
-) -> Tensor:
-    """Flow of full padded size; consistency, which nothing is known of in the padding, of the pictures'."""
-    grey = torch.cat((a.grey[0], b.grey[0]))
-    below, right = (whole - part for whole, part in zip(flow.shape[-2:], consistency.shape[-2:], strict=True))
-    consistency = F.pad(consistency, (0, right, 0, below))
+def _settled(
+    a: Tensor,
+    b: Tensor,
+    flow: Tensor,
+    size: tuple[int, int],
+    steady: SteadyFlow | None,
+    quality: Tensor | None,
+    tiles: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Padded grey values and flow -> flow and consistency of the pictures' size, the flow steadied if it can be."""
+    height, width = size
+    with _exact(flow):
+        inner = flow[..., :height, :width]
+        consistency = _consistency(inner, inner.flip(0))
+    if steady is None or quality is None:
+        return inner, consistency
+    grey = torch.cat((a, b))
+    # Nothing is known of consistency in the padding.
+    known = F.pad(consistency, (0, flow.shape[-1] - width, 0, flow.shape[-2] - height))
     quality = torch.stack((quality, quality.flip(0))).to(flow)
-    return steady.steady(grey, grey.flip(0), flow, consistency, quality, tiles)
+    flow = steady.steady(grey, grey.flip(0), flow, known, quality, tiles)  # a small change: bfloat16 will do
+    return flow[..., :height, :width], consistency
 
 
 def _double(flow: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvcodec.graphs import Code
 from mvcodec.nn.filters import enlarge
-from mvcodec.nn.warping import pixel_grid, sample
+from mvcodec.nn.warping import farthest, pixel_grid, sample
 
 SPACING = 8  # of the points that F is found from, in pixels
 ROUNDS = 10
@@ -22,6 +23,7 @@ WIDE, NARROW = 4.0, 0.3  # pixels: an outlier's distance from its line in the fi
 MOVING = 2.0  # pixels from the line beyond which a pixel is left alone
 BEND = 2  # points: what bends lines is smooth over about so many either way, and twice that
 FEWEST = 50  # points, for nine numbers
+NOWHERE = 1e6  # pixels: an offset that no flow is drawn to
 
 
 class Pull(NamedTuple):
@@ -49,8 +51,17 @@ class Lines(NamedTuple):
         return Pull(normal, distance, (distance / MOVING).square_().neg_().exp_())
 
 
-def epipolar_lines(flow: Tensor) -> Lines | None:
-    """Lines of a pair of views from its flow [2, 2, H, W] (a -> b, b -> a); None if there is too little to go by.
+def least_direction(_: int, like: Tensor, products: Tensor) -> Tensor:
+    """As `like` [3, 3]: what is nearest to orthogonal to all that were multiplied and summed to products [9, 9].
+
+    On a processor: nothing for a GPU, whose solver is slow to begin.
+    """
+    _, vectors = torch.linalg.eigh(products.cpu())
+    return vectors[:, 0].view(3, 3).to(like)
+
+
+def epipolar_lines(flow: Tensor, least: Code = least_direction) -> Lines:
+    """Lines of a pair of views from its flow [2, 2, H, W] (a -> b, b -> a); far away if there is too little to go by.
 
     H and W are multiples of SPACING.
     """
@@ -60,16 +71,14 @@ def epipolar_lines(flow: Tensor) -> Lines | None:
     here = SPACING * pixel_grid(thin.shape[-2], thin.shape[-1], flow) + first + 0.5
     there = here + thin
     home = sample(flow.flip(0), there) + thin
-    limit = there.new_tensor([width - 1, height - 1]).view(1, 2, 1, 1)
+    limit = farthest(height, width, there)
     inside = ((there >= 0) & (there <= limit)).all(1, keepdim=True)
     weight = torch.exp(-home.norm(dim=1, keepdim=True)) * inside
-    if int((weight > 0.3).sum()) < FEWEST:
-        return None
 
     scale = max(height, width) / 2
     start, end = (_homogeneous((points.expand_as(there) - limit / 2) / scale) for points in (here, there))
     a, b = torch.cat((start[0], end[1])), torch.cat((end[0], start[1]))
-    matrix = _fundamental(a, b, weight.flatten().double(), scale)
+    matrix = _fundamental(a, b, weight.flatten().double(), scale, least)
     # the lines of b's pixels in a are those of the transposed matrix
     line = torch.stack((start[0] @ matrix.T, start[1] @ matrix)).mT.unflatten(-1, thin.shape[-2:]).to(flow)
     length = line[:, :2].norm(dim=1, keepdim=True).clamp_min(1e-6)
@@ -79,6 +88,7 @@ def epipolar_lines(flow: Tensor) -> Lines | None:
     still = weight * torch.exp(-((distance / (MOVING / 2)) ** 2))
     bent = _wide(torch.cat((still * distance, still), 1))
     offset = offset - bent[:, :1] / (bent[:, 1:] + 0.02)
+    offset = torch.where((weight > 0.3).sum() < FEWEST, NOWHERE, offset)
     return Lines(torch.cat((normal, offset), 1))
 
 
@@ -94,16 +104,15 @@ def _wide(x: Tensor) -> Tensor:
     return x
 
 
-def _fundamental(a: Tensor, b: Tensor, weight: Tensor, scale: float) -> Tensor:
+def _fundamental(a: Tensor, b: Tensor, weight: Tensor, scale: float, least: Code) -> Tensor:
     """3x3 with b' F a = 0 for most of the points [n, 3], weights [n]; least Sampson distance, outliers fade out."""
     # points along rows, contiguous: a product with their weights is then one pass
     a, b = a.T.contiguous(), b.T.contiguous()
     equations = (b[:, None] * a).flatten(0, 1)
     current = weight
     for n in range(ROUNDS):
-        # 9 x 9: nothing for a GPU: its solver is slow to begin
-        _, vectors = torch.linalg.eigh(((equations * current) @ equations.T).cpu())
-        matrix = vectors[:, 0].view(3, 3).to(a.device)
+        products = (equations * current) @ equations.T
+        matrix = least(n, products[:3, :3], products)
         to_b, to_a = matrix @ a, matrix.T @ b
         slope = (to_b[:2].square().sum(0) + to_a[:2].square().sum(0)).clamp_min(1e-12)
         distance = scale * (b * to_b).sum(0) / slope.sqrt()

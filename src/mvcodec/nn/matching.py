@@ -3,15 +3,17 @@
 Batch entry 0 of a flow is a -> b, entry 1 is b -> a; flows are in cells.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvcodec.cores import beside
 from mvcodec.nn.filters import blur, gradient, local_mean, median
-from mvcodec.nn.warping import pixel_grid
+from mvcodec.nn.warping import pixel_grid, sample
 
-CELLS, GPU_CELLS = 1 << 11, 1 << 16  # compared at once: of a size for the cache; few launches
+CELLS = 1 << 11  # compared at once, for the cache
 ROWS = 4  # of cells, for the cache
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
 
@@ -119,25 +121,39 @@ def propagate(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
 
 
 def _propagated(main: Tensor, side: Tensor, flow: Tensor) -> Tensor:
-    width = flow.shape[-1]
-    grid = pixel_grid(flow.shape[-2], width, flow)
-    here, there = (x.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for x in (main, side))
-    there = F.pad(there, (0, 0, 0, width + 1))  # corners beyond the last row and column weigh nothing
-    at_once = CELLS if flow.device.type == "cpu" else GPU_CELLS
+    grid = pixel_grid(flow.shape[-2], flow.shape[-1], flow)
+    alike = _by_sampling(main, side) if flow.is_cuda else _by_rows(main, side)
 
     def score(candidate: Tensor) -> Tensor:
-        # what `sample` does, with an index and a weight for all 72 channels together
-        corners = zip(here.split(at_once), *(x.split(at_once) for x in _corners(grid + candidate)), strict=True)
-        found = [F.embedding_bag(i, there, per_sample_weights=w, mode="sum").mul_(own).sum(1) for own, i, w in corners]
-        return local_mean(torch.cat(found).view_as(candidate[:, :1]))
+        return local_mean(alike(grid + candidate))
 
     best = score(flow)
     for reach, step in ((3, 1.0), (2, 1.0), (1, 0.5)):
         for dx, dy in NEIGHBOURS:
             flow, best = _better(flow, best, torch.roll(flow, (dy * reach, dx * reach), dims=(-2, -1)), score)
         for dx, dy in NEIGHBOURS:
-            flow, best = _better(flow, best, flow + flow.new_tensor([dx, dy]).view(1, 2, 1, 1) * step, score)
+            moved = torch.stack((flow[:, 0] + dx * step, flow[:, 1] + dy * step), 1)
+            flow, best = _better(flow, best, moved, score)
     return median(flow)
+
+
+def _by_sampling(main: Tensor, side: Tensor) -> Callable[[Tensor], Tensor]:
+    """How much cells of `main` look like those of `side` at positions [N, 2, h, w] of it: [N, 1, h, w]."""
+    return lambda position: sample(side, position).mul_(main).sum(1, keepdim=True)
+
+
+def _by_rows(main: Tensor, side: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same on a processor: an index and a weight for all 72 channels of a cell together."""
+    width = main.shape[-1]
+    here, there = (x.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for x in (main, side))
+    there = F.pad(there, (0, 0, 0, width + 1))  # corners beyond the last row and column weigh nothing
+
+    def alike(position: Tensor) -> Tensor:
+        corners = zip(here.split(CELLS), *(x.split(CELLS) for x in _corners(position)), strict=True)
+        found = [F.embedding_bag(i, there, per_sample_weights=w, mode="sum").mul_(own).sum(1) for own, i, w in corners]
+        return torch.cat(found).view_as(position[:, :1])
+
+    return alike
 
 
 def _corners(position: Tensor) -> tuple[Tensor, Tensor]:

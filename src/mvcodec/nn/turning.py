@@ -64,6 +64,7 @@ def turn_of(flow: Tensor, consistency: Tensor, scale: int) -> Tensor:
 
 def worth_turning(turn: Tensor) -> bool:
     """Turned by 4 degrees or zoomed by a twelfth? Alignment does not mind less; zooms beyond 4 are errors."""
+    turn = turn.cpu()  # one wait
     zoom, angle = float(torch.linalg.det(turn[:, :2]).sqrt()), float(torch.atan2(turn[1, 0], turn[0, 0]))
     return 1 / 4 < zoom < 4 and (abs(angle) > math.radians(4) or abs(math.log(zoom)) > math.log(13 / 12))
 

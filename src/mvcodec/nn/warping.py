@@ -22,11 +22,17 @@ def pixel_grid(height: int, width: int, like: Tensor, top: int = 0, left: int = 
     return torch.stack((x, y))[None]
 
 
+def farthest(height: int, width: int, like: Tensor) -> Tensor:
+    """Where the last pixel stands, [1, 2, 1, 1]; made where it is used, not brought there."""
+    return torch.cat([like.new_full((1, 1, 1, 1), side - 1) for side in (width, height)], 1)
+
+
 def sample(picture: Tensor, position: Tensor, mode: str = "bilinear") -> Tensor:
     """Values of picture [N, C, H, W] at positions [N, 2, h, w] -> [N, C, h, w]; the border is repeated."""
-    height, width = picture.shape[-2:]
-    scale = position.new_tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)])
-    grid = (position.permute(0, 2, 3, 1) * scale).sub_(1)
+    grid = position.new_empty(len(position), *position.shape[-2:], 2)
+    for n, axis in enumerate((-1, -2)):
+        torch.mul(position[:, n], 2 / max(picture.shape[axis] - 1, 1), out=grid[..., n])
+    grid.sub_(1)
     return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
 
 
@@ -57,7 +63,7 @@ def warp(picture: Tensor, flow: Tensor, mode: str = "bicubic") -> Tensor:
 
 def round_trip_error(flow: Tensor, back: Tensor) -> Tensor:
     """How far from home a pixel lands after main -> side -> main, [N, 1, H, W]; inf outside the side."""
-    limit = flow.new_tensor([flow.shape[-1] - 1, flow.shape[-2] - 1]).view(1, 2, 1, 1)
+    limit = farthest(flow.shape[-2], flow.shape[-1], flow)
     errors = []
     for rows in bands(flow):
         part, there = flow[..., rows, :], _targets(flow, rows)
