@@ -164,6 +164,7 @@ def learning_batch(side: int) -> dict[str, Tensor]:
     target = torch.cat([texture(p[None]) for p in position])
     return {
         "target": target,
+        "decoded": target + 0.07 * torch.randn_like(target),
         "main": target + 0.05 * torch.randn_like(target),
         "peers": (target + 0.01 * torch.randn_like(target))[:, None],
         "consistency": torch.ones(4, 1, 1, side, side),
@@ -197,6 +198,7 @@ def test_examples_show_one_place_through_all_views() -> None:
     assert found["target"].shape == (4, 3, CROP, CROP)
     assert found["peers"].shape == (4, 1, 3, CROP, CROP)
     assert torch.equal(found["main"], found["target"])
+    assert torch.equal(found["decoded"], found["target"])
     sure = found["consistency"][:, 0] > 240
     assert sure.float().mean() > 0.7
     difference = (found["peers"][:, 0].float() - found["target"].float()).abs().amax(1, keepdim=True)
@@ -209,6 +211,7 @@ def test_batches_mix_scenes_of_few_and_many_views() -> None:
     for places in (1, 3):
         shards.append({
             "target": torch.full((2, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
+            "decoded": torch.full((2, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
             "main": torch.full((2, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
             "peers": torch.full((2, places, 3, CROP, CROP), 50 * places, dtype=torch.uint8),
             "consistency": torch.full((2, places, 1, CROP, CROP), 255, dtype=torch.uint8),

@@ -180,10 +180,11 @@ def config_for(profile: str, **changes: Any) -> ModelConfig:
 
 
 class TrainingOutput(NamedTuple):
-    """One forward pass in training: pictures [B, K, 3, H, W], estimated bits of each view [B, K]."""
+    """One forward pass in training."""
 
-    pictures: Tensor
-    bits: Tensor
+    pictures: Tensor  # [B, K, 3, H, W]
+    bits: Tensor  # [B, K], estimated
+    decoded: Tensor  # pictures before they were cleaned
 
 
 class ParaHydra(nn.Module):
@@ -269,12 +270,13 @@ class ParaHydra(nn.Module):
         else:
             y_hat, bits = hp.straight_through(y, y.round()), torch.zeros_like(t).flatten()
         if not decode:
-            return TrainingOutput(pictures, bits.unflatten(0, (batch, views)))
+            return TrainingOutput(pictures, bits.unflatten(0, (batch, views)), pictures)
         scaled = y_hat * self.gain.inverse(basis)
         x_hat = self.para_jd(scaled.unflatten(0, (batch, views)), basis.unflatten(0, (batch, views)), joint, fuse)
         x_hat = x_hat.float()
         if constrain:  # here and below in [0, 1], as the decoder has it
             x_hat = x_hat.clamp(0, 1)
+        decoded = x_hat
         if clean and self.refinement is not None:
             x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
         if constrain and (coarse := self.cell_synthesis) is not None:
@@ -283,7 +285,7 @@ class ParaHydra(nn.Module):
             with torch.autocast(y.device.type, enabled=False):
                 back = correction(coarse, astray, self.gain.inverse(basis), t.flatten())
             x_hat = (cleaned - back).reshape(x_hat.shape)
-        return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)))
+        return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)), decoded)
 
     @property
     def cell_synthesis(self) -> tf.KltSynthesisCoarse | None:

@@ -1,16 +1,21 @@
 """Stage `refine`: only the refinement learns, on what the codec decodes, and a stopped run goes on as if it had not."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from mvcodec.codec import decode_set, encode_image
 from mvcodec.errors import UsageError
+from mvcodec.images import Image
 from mvcodec.training import preparation, refinement, steadying
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import train
+from mvcodec.training.preparation import decode_alone, to_tensor
 from mvcodec.weights import load_model
+from tests.conftest import smooth_picture
 
 
 @pytest.fixture
@@ -51,6 +56,22 @@ def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path, cap
     refined = load_model(tmp_path / "refined.safetensors").net
     assert refined.config.refine == "aligned"
     assert refined.refinement.steady is not None
+
+
+def test_what_it_learns_from_is_what_the_decoder_shows(tiny_model):
+    """Cleaned, here so badly that it leaves the cells of the integers, and drawn back into them."""
+    net = deepcopy(tiny_model.net)
+    torch.nn.init.constant_(net.refinement.clean_out.bias, 0.8)
+    model, picture = replace(tiny_model, net=net), smooth_picture(70, 100, 3)
+    (view,) = decode_set(model, [encode_image(model, Image(picture), 90)])
+    decoded, settled = decode_alone(net)(to_tensor([picture]), [0.9])
+    cleaned = net.refinement.clean(decoded, torch.tensor([0.9]))[0]
+    inside = (..., slice(0, 64), slice(0, 64))  # beyond the edge a file's picture fades
+    wanted = to_tensor([view.pixels])
+    apart = [float((255 * (x - wanted)[inside]).abs().mean()) for x in (settled, cleaned, decoded)]
+    assert apart[0] < 0.5  # pixels are rounded
+    assert apart[1] > 10
+    assert apart[2] > 0.7
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, interrupted, capsys, monkeypatch):

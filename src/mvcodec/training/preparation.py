@@ -1,7 +1,7 @@
 """What stage `refine` learns from, decoded and aligned once and kept in the run's folder.
 
 two views -> the network that steadies their flow learns                                    pairs/, steadying.py
-set of views -> decode and clean each alone -> align -> warp -> crops                       examples/
+set of views -> decode each alone, clean, draw back into its cells -> align -> warp -> crops     examples/
 """
 
 from __future__ import annotations
@@ -40,31 +40,30 @@ BEYOND = 0.1  # of the scale of qualities: drawn from so much more at both ends,
 PAIRS, EXAMPLES = "pairs", "examples"  # folders of a run, for what is prepared
 STEADY = "steady.safetensors"  # in PAIRS: the network that has learned from them
 MARK = "of.txt"  # in each of them: the fingerprint of what it was prepared of
+FORM = 2  # of an example: others are prepared anew
 
-# views and one quality in [0, 1] for each -> the views as decoded alone and the same cleaned, [K, 3, H, W] in [0, 1]
+# views and one quality in [0, 1] for each -> as decoded alone, before and after cleaning, [K, 3, H, W] in [0, 1]
 Decoder = Callable[[Tensor, list[float]], tuple[Tensor, Tensor]]
 Example = dict[str, Tensor]
 PARTS = ("pair", "pair_out", "head")  # what this stage trains
 
 
 def decode_alone(net: ParaHydra) -> Decoder:
-    """The codec itself, without peers; no bits are written, so it is quick."""
+    """The codec itself, without peers: what is cleaned is drawn back into its cells. Nothing is written."""
     device = net.gain.log_gain.device
-    refinement = net.refinement
-    assert refinement is not None
 
     @torch.no_grad()
     def decoder(pictures: Tensor, qualities: list[float]) -> tuple[Tensor, Tensor]:
         height, width = pictures.shape[-2:]
         padded = F.pad(pictures.to(device), (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
-        decoded, cleaned = [], []
+        decoded: list[Tensor] = []
+        cleaned: list[Tensor] = []
         with torch.autocast(device.type, torch.bfloat16):
             for x, quality in zip(padded, qualities, strict=True):
                 t = torch.tensor([[quality]], device=device)
-                out = net(x[None, None], t, joint=False, fuse=False, clean=False)
-                picture = out.pictures[0, :, :, :height, :width].clamp(0, 1)
-                decoded.append(picture)
-                cleaned.append(refinement.clean(picture, t[0])[0].clamp(0, 1))
+                out = net(x[None, None], t, joint=False, fuse=False, constrain=True)
+                for found, picture in ((decoded, out.decoded), (cleaned, out.pictures)):
+                    found.append(picture[0, :, :, :height, :width].clamp(0, 1))
         return torch.cat(decoded).float().cpu(), torch.cat(cleaned).float().cpu()
 
     return decoder
@@ -109,13 +108,14 @@ def examples(
     found = []
     for i, sight in enumerate(sights(cleaned, SIDES, steady, quality)):
         places, consistency = len(sight.peers), sight.consistency
-        main = cleaned[i : i + 1].expand(places, -1, -1, -1)
-        seen = see(cleaned[sight.peers], main, sight.flow, consistency)
+        main = cleaned[i : i + 1]
+        seen = see(cleaned[sight.peers], main.expand(places, -1, -1, -1), sight.flow, consistency)
         for top, left in _spots(consistency.amax(0)[0], crops, rng):
             window = (..., slice(top, top + CROP), slice(left, left + CROP))
             found.append({
                 "target": target[i][window],
-                "main": decoded[i][window],
+                "decoded": decoded[i][window],
+                "main": main[0][window],
                 "peers": seen[window],
                 "consistency": consistency[window],
                 "quality": quality[i],
@@ -207,7 +207,7 @@ def fingerprint(net: ParaHydra, data: Path, seed: int) -> str:
     """Of what is decoded, aligned and drawn: the codec but for what this stage trains, the pictures, the seed."""
     trained = tuple(f"refinement.{part}." for part in (*PARTS, "steady"))
     codec = {name: value for name, value in net.state_dict().items() if not name.startswith(trained)}
-    return digest(codec) + hashlib.sha256(repr((listing(data), seed)).encode()).hexdigest()
+    return digest(codec) + hashlib.sha256(repr((FORM, listing(data), seed)).encode()).hexdigest()
 
 
 def only_of(folder: Path, fingerprint: str) -> Path:

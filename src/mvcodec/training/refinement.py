@@ -1,7 +1,7 @@
 """Stage `refine`: the peers' part of the aligned refinement learns on what the codec decodes, all else frozen.
 
-    sets of views -> decode, clean, align, warp -> crops, once                                  preparation.py
-    crops -> AlignedRefinement.fuse -> distortion relative to that of the cleaned view, which peers must not spoil
+    sets of views -> decode, clean, draw back, align, warp -> crops, once                       preparation.py
+    crops -> AlignedRefinement.fuse -> distortion relative to that of the view alone, which peers must not spoil
 
 The alignment has learned by then, so it is done once; training then sees plain crops. The peerless part
 (`look`, `clean_out`) belongs to stage `single` and stays as it is.
@@ -98,19 +98,18 @@ class Losses(NamedTuple):
     """`total` is what training minimises; `joint` says how far it is, averaged over the batch."""
 
     total: Tensor
-    joint: Tensor  # distortion of the view fused with its peers, of the cleaned one's
+    joint: Tensor  # distortion of the view fused with its peers, of that of the view alone
 
 
 def loss(model: AlignedRefinement, batch: Example, distortion: str = "mse") -> Losses:
-    """Joint distortion relative to that of the cleaned view; harm counts more."""
+    """Joint distortion relative to that of the view alone; harm counts more."""
     main, target = batch["main"], batch["target"]
     with torch.autocast(main.device.type, torch.bfloat16):
         with torch.no_grad():
-            cleaned, features = model.clean(main, batch["quality"])
-            cleaned = cleaned.clamp(0, 1)
+            _, features = model.clean(batch["decoded"], batch["quality"])
         places = zip(*(batch[name].unbind(1) for name in ("peers", "consistency", "peer_quality")), strict=True)
-        joint = model.fuse(cleaned, features, batch["quality"], (Peer(*place) for place in places)).pictures
-    joint_error, own_error = (distortion_of(target[:, None], x[:, None], distortion)[:, 0] for x in (joint, cleaned))
+        joint = model.fuse(main, features, batch["quality"], (Peer(*place) for place in places)).pictures
+    joint_error, own_error = (distortion_of(target[:, None], x[:, None], distortion)[:, 0] for x in (joint, main))
     ratio = joint_error / (own_error + 1e-6)
     harm = (ratio - 1).clamp_min(0)  # peers must not do worse than none
     return Losses((ratio + HARM_WEIGHT * harm).mean(), ratio.detach().mean())
