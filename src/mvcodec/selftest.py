@@ -39,6 +39,7 @@ SURROUNDINGS: tuple[dict[str, str], ...] = (
     {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
     {"OMP_NUM_THREADS": "1", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"},
 )
+DRAWN = 25  # pictures for each setting of a GPU
 GOLDEN_WORDS = "fc9c2ad0e466e5"  # bitstream_spec.md 6.5
 
 
@@ -140,7 +141,7 @@ def devices(model: Model) -> str:
         for benchmark in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
             torch.backends.cudnn.benchmark = benchmark
-            for seed in range(25):
+            for seed in range(DRAWN):
                 y, z = drawn_latents(model, 8, 12, seed)
                 files = [encode_latents(m, y.to(m.device), z.to(m.device), seed / 24) for m in (host, model)]
                 if files[0].slices != files[1].slices or files[0].hyper != files[1].hyper:
