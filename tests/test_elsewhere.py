@@ -241,6 +241,7 @@ def test_graphs_replay_what_was_called(gpu: Any, files: list[bytes]) -> None:
     state = gpu.graphs.state()
     assert state["refused"] == {}
     assert state["recorded"].keys() == state["replayed"].keys()
+    assert {"ParaEM", "_meeting", "_refined", "_settled", "AlignedRefinement._fuse_with"} < state["replayed"].keys()
     assert {"ParaEM", "HyperSynthesis", "KltSynthesisCoarse", "KltSynthesisFine"} <= state["replayed"].keys()
 
 

@@ -168,7 +168,7 @@ class Graphs:
     def _call(
         self, recorder: Recorder, function: Callable[..., Any], inputs: tuple[Any, ...], code: Code | None
     ) -> Any:
-        key = function, _each(lambda x: (x.shape, x.stride(), x.dtype), inputs)
+        key = function, torch.is_autocast_enabled("cuda"), _each(lambda x: (x.shape, x.stride(), x.dtype), inputs)
         if chain := self._chains.get(key):
             self.replays[_name(function)] += 1
             return chain.replay(inputs, code)

@@ -136,7 +136,8 @@ def devices(model: Model) -> str:
     if model.device.type != "cuda":
         return "no CUDA device asked for: CPU and GPU are equal by proof, not measured here"
     host = load_model(model.path, "cpu")
-    count = 0
+    count, before = 0, (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    benchmarking = torch.backends.cudnn.benchmark
     for tf32 in (False, True):
         for benchmark in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -147,6 +148,8 @@ def devices(model: Model) -> str:
                 if files[0].slices != files[1].slices or files[0].hyper != files[1].hyper:
                     raise Failed(f"CPU and {model.device} write different files (TF32 {tf32}, benchmark {benchmark})")
                 count += 1
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cudnn.benchmark = benchmarking
     return f"{count} drawn pictures: the files of CPU and {torch.cuda.get_device_name(model.device)} are the same bytes"
 
 
