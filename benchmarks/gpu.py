@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvcodec import codec, entropy, images, latents, selftest, weights
 from mvcodec.container import unpack
 from mvcodec.evaluation import speed
-from mvcodec.exact.conv import ExactConvolution
-from mvcodec.exact.proof import Backend
 from mvcodec.files import shipped
 from mvcodec.graphs import PLAIN
 from mvcodec.images import Image
@@ -139,28 +137,42 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def as_on_a_gpu(layer: ExactConvolution, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return layer.sum_by_products(x.to(weight.dtype), weight, bias)
-
-
 def launches(options: argparse.Namespace) -> Iterator[Record]:
-    """How many operations each stage issues; on a CPU, too, the entropy path's are those of a GPU."""
+    """How many operations each stage issues, and how many are left where graphs replay the rest; without a GPU, on one
+    that is pretended."""
+    counted = Launches()
     for name in ("fast", "paper"):
-        model = options.load(name)
-        for layer in selftest.entropy_layers(model).values():
-            layer.set_integers(layer.integers, Backend.FLOAT64)
-        for task_name, task in tasks(model, options.cases[0]).items():
-            counted = Launches()
-            watch = Stopwatch(model.device, clock=lambda counted=counted: counted.count)
-            with (
-                patch.object(ExactConvolution, "_exact_sum", as_on_a_gpu),
-                model.graphs.off(),
-                watched(model, watch),
-                counted,
-            ):
-                task(watch)
-            stages = {stage: int(count) for stage, count in watch.seconds.items() if stage not in FILES}
-            yield {"model": model.name, "task": task_name, "operations": stages}
+        with counted, pretended(options):
+            model = options.load(name)
+            for task_name, task in tasks(model, options.cases[0]).items():
+                watches = []
+                for way in (model.graphs.off, nullcontext, nullcontext, nullcontext):  # the third call replays
+                    watches.append(Stopwatch(model.device, clock=lambda: counted.count))
+                    with way(), watched(model, watches[-1]):
+                        task(watches[-1])
+                issued, left = (
+                    {stage: int(count) for stage, count in watch.seconds.items() if stage not in FILES}
+                    for watch in (watches[0], watches[-1])
+                )
+                yield {"model": model.name, "task": task_name, "operations": issued, "outside_graphs": left}
+
+
+@contextmanager
+def pretended(options: argparse.Namespace) -> Iterator[None]:
+    """Inside, there is a GPU as far as its operations go (tests/elsewhere.py)."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.elsewhere import elsewhere, missing
+
+    device = options.device
+    if device.type == "cuda" or missing():
+        yield
+        return
+    options.device = torch.device("cuda", 0)
+    try:
+        with elsewhere():
+            yield
+    finally:
+        options.device = device
 
 
 def coder(options: argparse.Namespace) -> Iterator[Record]:

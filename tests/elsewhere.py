@@ -453,6 +453,8 @@ PRETENDED: dict[str, Any] = {
     "torch.cuda.get_device_name": lambda device=None: "a GPU that is none",
     "torch.cuda._lazy_init": lambda: None,
     "torch.cuda.manual_seed_all": lambda seed: None,
+    "torch.cuda.get_rng_state": lambda device=None: torch.zeros(0),
+    "torch.cuda.set_rng_state": lambda state, device=None: None,
     "torch.cuda.synchronize": lambda device=None: MACHINE.arrive(),
     "torch.cuda.empty_cache": lambda: None,
     "torch.cuda.reset_peak_memory_stats": lambda device=None: None,
