@@ -273,8 +273,9 @@ def test_a_shipped_model_does_the_same() -> None:
     host, gpu = (api.load_model("fast", device) for device in ("cpu", "cuda"))
     files = [encode_image(host, Image(smooth_picture(64, 96, k)), 40, camera_id=str(k)) for k in range(2)]
     assert [encode_image(gpu, Image(smooth_picture(64, 96, k)), 40, camera_id=str(k)) for k in range(2)] == files
-    wanted = decode_set(in_precision(host, False), files)
-    assert apart(decode_set(in_precision(gpu, False), files), wanted) < 0.01
+    for joint, most in ((False, 0.01), (True, 0.2)):  # matches are found by other sums, and these views share little
+        found, wanted = (decode_set(in_precision(model, False), files, joint=joint) for model in (gpu, host))
+        assert apart(found, wanted) < most
     for _ in range(3):
         assert apart(decode_set(gpu, files), wanted) < 1
     assert gpu.graphs.state()["refused"] == {}
