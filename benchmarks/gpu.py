@@ -138,23 +138,18 @@ class Launches(TorchDispatchMode):
 
 
 def launches(options: argparse.Namespace) -> Iterator[Record]:
-    """How many operations each stage issues, and how many are left where graphs replay the rest; without a GPU, on one
-    that is pretended."""
+    """How many operations each stage issues; without a GPU, on one that is pretended."""
     counted = Launches()
     for name in ("fast", "paper"):
         with counted, pretended(options):
             model = options.load(name)
-            for task_name, task in tasks(model, options.cases[0]).items():
-                watches = []
-                for way in (model.graphs.off, nullcontext, nullcontext, nullcontext):  # the third call replays
-                    watches.append(Stopwatch(model.device, clock=lambda: counted.count))
-                    with way(), watched(model, watches[-1]):
-                        task(watches[-1])
-                issued, left = (
-                    {stage: int(count) for stage, count in watch.seconds.items() if stage not in FILES}
-                    for watch in (watches[0], watches[-1])
-                )
-                yield {"model": model.name, "task": task_name, "operations": issued, "outside_graphs": left}
+            with model.graphs.off():
+                for task_name, task in tasks(model, options.cases[0]).items():
+                    watch = Stopwatch(model.device, clock=lambda: counted.count)
+                    with watched(model, watch):
+                        task(watch)
+                    stages = {stage: int(count) for stage, count in watch.seconds.items() if stage not in FILES}
+                    yield {"model": model.name, "task": task_name, "operations": stages}
 
 
 @contextmanager
