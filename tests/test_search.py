@@ -58,6 +58,12 @@ def test_grey_and_16_bits(tiny_model, picture):
         assert decode_set(tiny_model, [data])[0].pixels.shape == pixels.shape
 
 
+def test_what_shows_less_than_a_latent_is_left_as_it_is(tiny_model, picture):
+    for shown in (picture[:15], picture[:1, :1]):
+        plain, sought = (encode_image(tiny_model, Image(shown), 50, effort=effort) for effort in (0, 2))
+        assert plain == sought
+
+
 def test_an_effort_there_is_not(tiny_model, picture):
     for effort in (-1, search.MOST_EFFORT + 1):
         with pytest.raises(UsageError, match="effort"):

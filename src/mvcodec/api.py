@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,8 +63,7 @@ def encode(
     if not isinstance(picture, Image | np.ndarray):
         raise UsageError(f"picture is a {type(picture).__name__}: give a path, an array, or mvcodec.images.read(bytes)")
     image = picture if isinstance(picture, Image) else Image(picture)
-    if max_memory is not None:
-        give_back()
+    _keep_within(max_memory)
     return codec.encode_image(
         load_model(model, device),
         image,
@@ -114,8 +115,7 @@ def decode_set(
         raise UsageError("there are no files to decode")
     for stream in streams:
         refuse_larger(stream.header, max_pixels)
-    if max_memory is not None:
-        give_back()
+    _keep_within(max_memory)
     views: list[DecodedView] = []
     for of_one_model in by_model(streams):
         views += codec.decode_set(
@@ -154,7 +154,17 @@ def load_model(model: Weights = None, device: str = "auto") -> Model:
     """Weights by name or path (default: the ones the package recommends), loaded once per device."""
     if isinstance(model, Model):
         return model
+    if not isinstance(model, str | os.PathLike | None):
+        raise UsageError(f"model is a {type(model).__name__}: give a name, a path, or what load_model returned")
     return _loaded(weights.DEFAULT_MODEL if model is None else os.fspath(model), resolve_device(device))
+
+
+def _keep_within(max_memory: Any) -> None:
+    if max_memory is None:
+        return
+    if isinstance(max_memory, bool) or not isinstance(max_memory, Real) or not 0 < float(max_memory) < math.inf:
+        raise UsageError(f"max_memory {max_memory!r} is no number of bytes; None is no limit")
+    give_back()
 
 
 def model_for(header: Header, model: Weights = None, device: str = "auto") -> Model:
@@ -171,6 +181,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     none = UsageError(f"device {name!r} is none of auto, cpu, cuda, cuda:1")
+    if not isinstance(name, str | torch.device):
+        raise none
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ OnFailure = Callable[[Header, MvcodecError], None]
 MOST_FRAME = 4  # upright and lying pictures of a camera fit a frame of 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodedView:
     """One reconstructed picture and how it came about."""
 
@@ -103,8 +104,7 @@ def encode_view(
     max_memory: int | None = None,
 ) -> EncodedView:
     """`encode_image`, with the decoder's latents and, if asked, the estimate of the file's bits. Eq. (1)-(4)."""
-    if not 0 <= quality <= 100:
-        raise UsageError(f"quality {quality} is not between 0 and 100")
+    _check_quality(quality)
     check_effort(model, effort)
     quality = round(quality * 100) / 100  # as the header stores it
     model = model.within(max_memory)
@@ -115,7 +115,7 @@ def encode_view(
     most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
     y = _analysed(model, x, basis, most)
     z = model.graphs(net.h_a, y)  # [1, N, H/64, W/64]
-    if effort:
+    if effort and min(image.height, image.width) >= LATENT_STRIDE:  # else hardly anything that is coded is shown
 
         def picture(rows: slice, columns: slice) -> Tensor:
             return to_unit(to_device(x[..., rows, columns], model.device))
@@ -427,10 +427,15 @@ def check_model(model: Model, header: Header) -> None:
         )
 
 
-def check_effort(model: Model, effort: int) -> None:
+def _check_quality(quality: Any) -> None:
+    if not isinstance(quality, Real) or not 0 <= float(quality) <= 100:
+        raise UsageError(f"quality {quality} is no number between 0 and 100")
+
+
+def check_effort(model: Model, effort: Any) -> None:
     """UsageError for an effort that there is not, or not with this model."""
-    if not 0 <= effort <= MOST_EFFORT:
-        raise UsageError(f"effort {effort} is not between 0 and {MOST_EFFORT}")
+    if not isinstance(effort, Integral) or not 0 <= int(effort) <= MOST_EFFORT:
+        raise UsageError(f"effort {effort} is no whole number between 0 and {MOST_EFFORT}")
     if effort and (sought := model.about.get("distortion", "mse")) != "mse":
         raise UsageError(f"effort {effort} would lower squared error, but {model.name} was trained for {sought}; use 0")
 

@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvcodec.errors import MvcodecError, PictureError
+from mvcodec.errors import MvcodecError, PictureError, UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import MAX_PIXELS
 from mvcodec.png16 import encode_png16
@@ -105,6 +105,10 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
     Raises PictureError for anything that is no picture, is damaged, exceeds `max_pixels`, or is of a kind
     that could only be coded by changing it; OSError where the file itself cannot be opened.
     """
+    if alpha not in get_args(Alpha):
+        raise UsageError(f"alpha {alpha!r} is none of {', '.join(get_args(Alpha))}")
+    if not isinstance(max_pixels, int):
+        raise UsageError(f"max_pixels {max_pixels!r} is no number of pixels")
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     with _readable(), _open(data, max_pixels) as picture:
         _refuse_frames(picture)

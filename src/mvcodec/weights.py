@@ -47,7 +47,7 @@ MAX_TILE = 64  # attention within larger tiles could outgrow the exact sums
 HYPER_BOUND = 40  # z beyond it is coded as an escape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A loaded codec: networks, tables, identity. The entropy path counts in integers, everything else is float32."""
 

@@ -362,9 +362,24 @@ def test_python_says_what_it_takes(cli: Cli) -> None:
         ({"timestamp_us": "7"}, "'7' is no whole number"),
         ({"camera_id": 3}, "3 is not a str"),
         ({"device": "meta"}, "none of auto, cpu, cuda"),
+        ({"device": None}, "none of auto, cpu, cuda"),
+        ({"model": 5}, "model is a int"),
+        ({"quality": "60"}, "no number between 0 and 100"),
+        ({"quality": np.array([60])}, "no number between 0 and 100"),
+        ({"effort": 1.5}, "no whole number between 0 and 5"),
+        ({"max_memory": "4G"}, "no number of bytes"),
+        ({"max_memory": 0}, "no number of bytes"),
+        ({"max_memory": float("inf")}, "no number of bytes"),
     ):
         with pytest.raises(UsageError, match=message):
             mvcodec.encode(array, **how)
+    pil.fromarray(array).save("flat.png")
+    for how, message in (({"alpha": "Drop"}, "none of refuse, drop"), ({"max_pixels": None}, "no number of pixels")):
+        with pytest.raises(UsageError, match=message):
+            mvcodec.encode("flat.png", **how)
+    (view,) = mvcodec.decode_set([data])
+    assert view == view
+    assert len({view, mvcodec.load_model()}) == 2
     for file in ("a.phv", Path("a.phv"), data):
         with pytest.raises(UsageError, match="takes a list of files"):
             mvcodec.decode_set(file)

@@ -18,7 +18,8 @@ from mvcodec.errors import DesyncError, PictureError, UsageError
 from mvcodec.evaluation import measure
 from mvcodec.evaluation.metrics import psnr
 from mvcodec.evaluation.peers import PEERS
-from mvcodec.evaluation.points import Ledger, Point, read_scenes
+from mvcodec.evaluation.points import Ledger, Point, Scene, View, read_scenes
+from mvcodec.evaluation.points import measure as measure_point
 from mvcodec.evaluation.report import evaluate, table
 from mvcodec.evaluation.summary import (
     JOINT,
@@ -177,6 +178,21 @@ def test_views_and_scenes_can_be_limited(scenes):
         list(read_scenes(scenes, ["absent"]))
     with pytest.raises(UsageError, match="holds no pictures"):
         list(read_scenes(scenes / "notes"))
+
+
+def test_a_point_is_of_all_that_were_decoded_together(tmp_path):
+    """Another picture in the place of one view moves the points of its peers; put back, they count again."""
+    a, b, c = (View(name, smooth_picture(8, 8, seed), seed) for name, seed in (("a", 1), ("b", 2), ("b", 3)))
+    ledger = Ledger(tmp_path / "points")
+    for scene in (Scene("s", (a, b)), Scene("s", (a,))):
+        ledger.add([measure_point("joint", "1", scene, a, 50.0, 10, a.pixels)])
+        assert ledger.get("joint", "1", scene, a, 50.0) is not None
+    for other in (Scene("s", (a, c)), Scene("s", (c,))):
+        assert ledger.get("joint", "1", other, other.views[0], 50.0) is None
+
+
+def test_a_scene_named_twice_counts_once(scenes):
+    assert [scene.name for scene in read_scenes(scenes, ["small", "small"])] == ["small"]
 
 
 def test_scenes_are_those_of_training(tmp_path):

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 5),
     default=0,
     show_default=True,
-    help="Look for a file of fewer bits; decoding does not change. Each effort takes twice as long as the last.",
+    help="Look longer for a better trade: of about as many bytes a better picture. Decoding does not change.",
 )
 @within_memory
 @running

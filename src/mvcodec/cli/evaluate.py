@@ -21,7 +21,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[f
 
 
 def _names(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(name for name in value.split(",") if name)
+    return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 @click.command(short_help="Measure rate and distortion on scenes, against other codecs.")

@@ -35,6 +35,12 @@ class Scene(NamedTuple):
     name: str
     views: tuple[View, ...]
 
+    def crc_of(self, view: View) -> int:
+        """Of the view and, where others are coded or decoded with it, of theirs: what they show moves its point."""
+        if len(self.views) == 1:
+            return view.crc
+        return zlib.crc32(repr((view.crc, [other.crc for other in self.views])).encode())
+
 
 @dataclass(frozen=True)
 class Point:
@@ -45,7 +51,7 @@ class Point:
     scene: str
     view: str
     views: int  # of the scene, decoded together where decoding is joint
-    crc: int  # of the original's pixels
+    crc: int  # of the originals' pixels: `Scene.crc_of`
     setting: float
     bytes: int
     bpp: float
@@ -77,7 +83,7 @@ def measure(
         scene=scene.name,
         view=view.name,
         views=len(scene.views),
-        crc=view.crc,
+        crc=scene.crc_of(view),
         setting=setting,
         bytes=size_bytes,
         bpp=8 * size_bytes / (height * width),
@@ -102,7 +108,8 @@ class Ledger:
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: is not a file of points, which is text; name another") from error
         if kept and not kept.endswith("\n"):
-            path.write_text(kept + "\n")  # close a line that an interruption cut short
+            with path.open("a") as file:
+                file.write("\n")  # close a line that an interruption cut short
         for line in kept.splitlines():
             try:
                 point = Point(**json.loads(line))
@@ -111,7 +118,7 @@ class Ledger:
                 continue
 
     def get(self, codec: str, version: str, scene: Scene, view: View, setting: float) -> Point | None:
-        return self.points.get((codec, version, scene.name, view.name, len(scene.views), view.crc, setting))
+        return self.points.get((codec, version, scene.name, view.name, len(scene.views), scene.crc_of(view), setting))
 
     def add(self, points: Sequence[Point]) -> None:
         """Keep points, in memory and at once in the file."""
@@ -132,7 +139,7 @@ def read_scenes(
         raise UsageError(f"{folder}: has no scene {', '.join(unknown)}")
     if MEAN in (names or found):
         raise UsageError(f"{folder / MEAN}: tables have the mean of all scenes under this name; rename the folder")
-    for name in names or found:
+    for name in dict.fromkeys(names or found):
         views = []
         for path in found[name][:limit_views]:
             pixels = read_named(path).pixels

@@ -209,7 +209,7 @@ class AlignedRefinement(nn.Module):
             yield rows, columns, self.fuse(main[seen], features[..., down, across], quality, parts)
 
     def _fuse_with(self, main: Tensor, features: Tensor, quality: Tensor, others: tuple[Other, ...]) -> Fused:
-        """`fuse` with peers that are still to be warped."""
+        """`fuse` with peers that are still to be warped; recorded for a GPU, it holds as many as were given."""
         return self.fuse(main, features, quality, _seen_from(main, others))
 
     def clean(self, pictures: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
