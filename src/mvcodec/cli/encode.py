@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 @click.option(
     "--target-bpp",
     type=click.FloatRange(0, min_open=True),
-    help="Instead of -q: the best quality at or under so many bits per pixel.",
+    help="Instead of -q: a quality at or within 1 % under so many bits per pixel.",
 )
 @click.option(
     "--target-size",
     metavar="BYTES",
     callback=size_in_bytes,
-    help="Instead of -q: the best quality at or under so many bytes (50000, 50k, 1.5M).",
+    help="Instead of -q: a quality at or within 1 % under so many bytes (50000, 50k, 1.5M).",
 )
 @placing
 @click.option("--camera-id", help="Camera named in the file. Default: from the picture's name or folder.")
