@@ -45,10 +45,12 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """The device is there within every test, and only there: what fixtures of the module compute is the CPU's."""
     before = torch.get_num_threads()
+    api._name_of_id.cache_clear()  # of folders of other tests
     with elsewhere() as machine:
         yield machine
     torch.set_num_threads(before)
     api._loaded.cache_clear()
+    api._name_of_id.cache_clear()
 
 
 @pytest.fixture(scope="module")
