@@ -140,9 +140,8 @@ class Launches(TorchDispatchMode):
 def launches(options: argparse.Namespace) -> Iterator[Record]:
     """How many operations each stage issues; without a GPU, on one that is pretended."""
     counted = Launches()
-    for name in ("fast", "paper"):
-        with counted, pretended(options):
-            model = options.load(name)
+    with counted, pretended(options):
+        for model in map(options.load, ("fast", "paper")):
             with model.graphs.off():
                 for task_name, task in tasks(model, options.cases[0]).items():
                     watch = Stopwatch(model.device, clock=lambda: counted.count)

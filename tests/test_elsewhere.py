@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,22 +290,19 @@ def test_the_self_test_finds_nothing(gpu: Any, monkeypatch: pytest.MonkeyPatch) 
     drawn = selftest.drawn_latents
     monkeypatch.setattr(selftest, "DRAWN", 1)
     monkeypatch.setattr(selftest, "drawn_latents", lambda model, *size_and_seed: drawn(model, 4, 4, *size_and_seed[2:]))
-    with torch.inference_mode(), precision_kept():
+    before = switches()
+    with torch.inference_mode():
         assert selftest.devices(gpu).startswith("4 drawn pictures: the files of CPU and a GPU that is none")
         assert "the same bytes" in selftest.replays(gpu)
         assert "cuda:0 and CPU" in selftest.all_backends(gpu)
         assert "is wrong in float32" in selftest.negative_control(gpu)
+    assert switches() == before
 
 
-@contextmanager
-def precision_kept() -> Iterator[None]:
-    """What the check of devices switches is put back."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+def switches() -> tuple[bool, bool, bool]:
+    """What the check of devices switches, and puts back."""
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
 
 
 def test_devices_are_found_by_name() -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 Code = Callable[[int, Tensor, Tensor], Tensor]  # as para_em.CodeStep: what it returns has the second argument's shape
-Key = Any
+Key = tuple[Any, ...]
 MOST = 64  # chains: about four sizes of pictures, coded and decoded jointly
 REMEMBERED = 256  # shapes that were seen once
 

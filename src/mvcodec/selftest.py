@@ -13,6 +13,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -136,21 +138,28 @@ def devices(model: Model) -> str:
     if model.device.type != "cuda":
         return "no CUDA device asked for: CPU and GPU are equal by proof, not measured here"
     host = load_model(model.path, "cpu")
-    count, before = 0, (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    benchmarking = torch.backends.cudnn.benchmark
-    for tf32 in (False, True):
-        for benchmark in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-            torch.backends.cudnn.benchmark = benchmark
+    count = 0
+    for tf32, benchmark in product((False, True), repeat=2):
+        with _switched(tf32, benchmark):
             for seed in range(DRAWN):
                 y, z = drawn_latents(model, 8, 12, seed)
                 files = [encode_latents(m, y.to(m.device), z.to(m.device), seed / 24) for m in (host, model)]
                 if files[0].slices != files[1].slices or files[0].hyper != files[1].hyper:
                     raise Failed(f"CPU and {model.device} write different files (TF32 {tf32}, benchmark {benchmark})")
                 count += 1
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    torch.backends.cudnn.benchmark = benchmarking
     return f"{count} drawn pictures: the files of CPU and {torch.cuda.get_device_name(model.device)} are the same bytes"
+
+
+@contextmanager
+def _switched(tf32: bool, benchmark: bool) -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        cudnn.benchmark = benchmark
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def replays(model: Model) -> str:

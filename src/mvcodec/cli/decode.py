@@ -162,8 +162,9 @@ def decode(
 
     def there(view: Received, members: Sequence[Received]) -> bool:
         """With --skip-existing: is nothing of this view wanted that is not there already?"""
-        if drawn is None or not targets.skips(places[id(view)]):
-            return targets.skips(places[id(view)])
+        present = targets.skips(places[id(view)])
+        if drawn is None or not present:
+            return present
         peers = sorted({(peer.header.camera_id, peer.data) for peer in members if peer.data != view.data})
         return all(path.exists() for path in drawn.paths(view.source, [camera for camera, _ in peers]))
 
