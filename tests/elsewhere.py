@@ -38,7 +38,12 @@ NOISE = {True: 123.25, False: 77}  # of floating-point numbers and of integers
 
 CROSSING = {"aten._to_copy.default", "aten.copy_.default"}
 INDEXING = {"aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default", "aten._index_put_impl_.default"}
-TAKES_A_NUMBER = {"aten.masked_fill.Tensor", "aten.masked_fill_.Tensor", "aten._local_scalar_dense.default"}
+TAKES_A_NUMBER = {
+    "aten.fill_.Tensor",  # what `x[..] = 1` calls; of pointwise operations until torch 2.14
+    "aten.masked_fill.Tensor",
+    "aten.masked_fill_.Tensor",
+    "aten._local_scalar_dense.default",
+}
 WHOLE = {"aten.narrow.default", "aten.reshape.default", "aten.flatten.using_ints", "aten.view_as.default"}  # only views
 WAITS = {  # how much they give, or what they return to Python, is known when the device has done it
     "aten._local_scalar_dense.default",

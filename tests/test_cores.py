@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from mvcodec import codec
+from mvcodec import codec, cores
 from mvcodec.codec import decode_set
 from mvcodec.cores import beside
 from mvcodec.images import Image
@@ -109,3 +109,23 @@ def test_a_stopwatch_is_not_confused_by_other_threads(tiny_model):
     assert {"Para-EM", "Para-JD", "other cores"} <= set(watch.seconds)
     assert 0 < sum(watch.seconds.values()) < time.perf_counter() - began
     assert min(watch.seconds.values()) >= 0
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("fastest", [1, 2])
+def test_one_view_takes_the_cores_that_pay_and_puts_them_back(monkeypatch, fastest):
+    """Whichever is faster just now: the threads of operations within, those after, and those of other threads."""
+    monkeypatch.setattr(cores, "_fastest", lambda available: fastest)
+    others: list[int] = []
+    with cores.cores_that_pay():
+        assert torch.get_num_threads() == fastest
+        other = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+    assert (torch.get_num_threads(), others) == (2, [2])
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_cores_that_pay_are_found_by_trying_them():
+    assert cores._fastest(2) in (1, 2)
+    assert torch.get_num_threads() == 2

@@ -1,22 +1,28 @@
 """Views beside each other on a processor's cores.
 
 The operations of a network divide badly between cores: many are small, and large ones wait for memory. Views divide
-well. So where several are to be computed, each core takes the next one and computes it alone.
+well. So where several are to be computed, each core takes the next one and computes it alone. One that is by itself
+takes all cores, if that is faster just then.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from statistics import median
 from threading import Thread
+from time import perf_counter
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+TRIES = 5  # of each number of threads: three milliseconds together
+DIVIDED, WHOLE = 1 << 19, 1 << 12  # numbers in an operation that torch divides among threads, and in one it does not
 
 
 def beside(
@@ -62,6 +68,43 @@ def beside(
     finally:
         torch.set_num_threads(cores)
     return [results[place] for place in range(len(items))]
+
+
+@contextmanager
+def cores_that_pay() -> Iterator[None]:
+    """Operations within are divided among all cores, or computed by this one alone: what small ones like better now.
+
+    All threads meet after each operation. Where another program holds a core, or a core of a virtual machine is slow
+    to wake, thousands of operations of some microseconds then take two or three times as long on two cores as on one.
+    """
+    cores = torch.get_num_threads()
+    if cores < 2 or _fastest(cores) > 1:
+        yield
+        return
+    _compute_with(1, cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
+
+
+def _fastest(cores: int) -> int:
+    """Whether one thread or `cores` of them are faster at operations as Para-EM has them, in turns."""
+    large, small = torch.zeros(DIVIDED), torch.zeros(WHOLE)
+    times: dict[int, list[float]] = {cores: [], 1: []}
+    try:
+        for _ in range(TRIES):
+            for threads, taken in times.items():
+                torch.set_num_threads(threads)
+                began = perf_counter()
+                for _ in range(3):
+                    large.add_(1)
+                    for _ in range(4):  # meanwhile the others wait
+                        small.add_(1)
+                taken.append(perf_counter() - began)
+    finally:
+        torch.set_num_threads(cores)
+    return min(times, key=lambda threads: median(times[threads]))
 
 
 def _compute_with(threads: int, others: int) -> None:

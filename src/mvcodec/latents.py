@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mvcodec import entropy
 from mvcodec.container import Damage, Header, Slice, Stream, integer_check, section_names, sections_of
+from mvcodec.cores import cores_that_pay
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
 from mvcodec.exact.precision import strict
@@ -69,7 +71,8 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     pixels = len(z_hat) * z_hat[0, 0].numel() * HYPER_STRIDE**2
     call = model.graphs if pixels <= USUAL else PLAIN  # what is large keeps a GPU busy, and would hold much memory
     qualities = [t] * len(z_hat) if isinstance(t, int | float) else t
-    with torch.autocast(z_hat.device.type, enabled=False), strict:
+    alone = nullcontext() if z_hat.is_cuda else cores_that_pay()
+    with torch.autocast(z_hat.device.type, enabled=False), strict, alone:
         # In one order, whoever made it: one graph. Maps keep it on their way, and a processor's convolutions take
         # channels last a sixth faster; an exact sum is the same in all.
         order = torch.contiguous_format if z_hat.is_cuda else torch.channels_last

@@ -14,8 +14,9 @@ from contextlib import suppress
 
 # Threads that spin for long while they wait for each other take six times as long on a machine that does anything else,
 # and so do cameras' computers; threads that sleep at once make the thousands of small operations of Para-EM slower on
-# two cores than on one. A spin of some microseconds is enough for those.
-THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+# two cores than on one. A spin of a tenth of a millisecond or so is enough for those; where something else holds a
+# core they are better off with one thread, which `cores.cores_that_pay` finds out.
+THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 # To give the process a map of a megapixel, page by page, takes as long as to compute it. glibc's malloc shall keep
 # what is freed in pieces of up to KEPT bytes, the first of them that its version takes, until STAYS have come together.

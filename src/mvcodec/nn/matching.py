@@ -13,7 +13,7 @@ from mvcodec.cores import beside
 from mvcodec.nn.filters import blur, gradient, local_mean, median
 from mvcodec.nn.warping import pixel_grid, sample
 
-CELLS = 1 << 11  # compared at once, for the cache
+CELLS = 1 << 14  # compared at once: few long steps, between which threads wait for each other
 ROWS = 4  # of cells, for the cache
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
 
