@@ -22,7 +22,7 @@ from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, Walk, decode_intact, encode_latents, of_one_size, same_size
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
-from mvcodec.nn.quantisation_constraint import correction, excess
+from mvcodec.nn.quantisation_constraint import correction
 from mvcodec.padding import extended, shown
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
@@ -339,15 +339,16 @@ def reconstruct(
         most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers)
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
 
-        def draw_back(n: int, picture: Tensor, group: list[int] = group, most: int = most) -> None:
-            """The group's view n, in its frame [3, H, W], in place."""
+        def draw_back(n: int, picture: Tensor, fused: bool = False, group: list[int] = group, most: int = most) -> None:
+            """The group's view n, in its frame [3, H, W], in place; fused: as its peers have changed it."""
             k = group[n]
             if known is None or known[k]:
                 one, own = slice(k, k + 1), _own(picture, sizes[k])[None]
                 with torch.autocast(model.device.type, enabled=False):
-                    own.copy_(_constrained(model, own, latents[k].float(), basis[one], qualities[one], most))
+                    y_hat, quality = latents[k].float(), qualities[one] if fused else None
+                    own.copy_(_constrained(model, own, y_hat, basis[one], quality, most))
 
-        changed = list(enumerate(pictures))
+        changed = [(n, picture, False) for n, picture in enumerate(pictures)]
         if together is not None:
             with _autocast(model):
                 # Peers, too, are drawn back before they are seen; what none of them changed is then as it shall be.
@@ -361,7 +362,7 @@ def reconstruct(
                     call=model.graphs if pixels <= most else PLAIN,
                 )
             pictures, shares = refined.pictures, refined[1:]
-            changed = [(n, picture) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
+            changed = [(n, picture, True) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
         beside(lambda view: draw_back(*view), changed, model.device, most // pixels)
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = _own(picture, sizes[k])
@@ -404,18 +405,24 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
     return tiled(refinement, clean, pictures, most).float().clamp_(0, 1)
 
 
-def _constrained(model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, quality: Tensor, most: int) -> Tensor:
-    """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1]."""
+def _constrained(
+    model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, fused: Tensor | None, most: int
+) -> Tensor:
+    """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1].
+
+    fused: its quality [1], if peers have changed it.
+    """
     net = model.net
-    coarse = net.cell_synthesis
-    if coarse is None:
+    cells, coarse = net.cells, net.cell_synthesis
+    if cells is None or coarse is None:
         return picture
 
-    def picture_of(part: Tensor, views: slice) -> Tensor:
-        return correction(coarse, part, net.gain.inverse(basis), quality)
+    def picture_of(apart: Tensor, views: slice) -> Tensor:
+        astray = cells(apart, basis) if fused is None else cells.plain(apart, fused)
+        return correction(coarse, astray, net.gain.inverse(basis))
 
-    astray = excess(_analysed(model, picture, basis, most), y_hat)
-    return (picture - tiled(coarse.klt, picture_of, astray, max(most // LATENT_STRIDE**2, 1))).clamp_(0, 1)
+    apart = _analysed(model, picture, basis, most).sub_(y_hat)
+    return (picture - tiled(coarse.klt, picture_of, apart, max(most // LATENT_STRIDE**2, 1))).clamp_(0, 1)
 
 
 def check_model(model: Model, header: Header) -> None:

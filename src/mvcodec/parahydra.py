@@ -22,7 +22,7 @@ from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
 from mvcodec.nn.para_em import ParaEM
 from mvcodec.nn.para_jd import ParaJD
-from mvcodec.nn.quantisation_constraint import correction, excess
+from mvcodec.nn.quantisation_constraint import QuantisationConstraint, correction
 
 PAD_MULTIPLE = 64  # z is at 1/64
 
@@ -208,6 +208,7 @@ class ParaHydra(nn.Module):
             fine = tf.PaperSynthesisFine(c.latent_channels)
             middle = c.latent_channels
         self.gain = QualityGain(c.latent_channels, c.quality_knots)
+        self.cells = QuantisationConstraint(c.latent_channels, c.quality_knots) if c.transform == "klt" else None
         self.h_a = hp.HyperAnalysis(c.latent_channels, c.hyper_channels)
         self.h_s = hp.HyperSynthesis(c.hyper_channels, c.prior_channels)
         self.z_prior = hp.FactorizedPrior(c.hyper_channels, bands=c.hyper_bands)
@@ -279,11 +280,11 @@ class ParaHydra(nn.Module):
         decoded = x_hat
         if clean and self.refinement is not None:
             x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
-        if constrain and (coarse := self.cell_synthesis) is not None:
+        if constrain and self.cells is not None and (coarse := self.cell_synthesis) is not None:
             cleaned = x_hat.flatten(0, 1).clamp(0, 1)
-            astray = excess(self.g_a(cleaned, basis).float() * self.gain.gain(basis), y_hat)
+            again = self.g_a(cleaned, basis).float() * self.gain.gain(basis)
             with torch.autocast(y.device.type, enabled=False):
-                back = correction(coarse, astray, self.gain.inverse(basis), t.flatten())
+                back = correction(coarse, self.cells(again - y_hat, basis), self.gain.inverse(basis))
             x_hat = (cleaned - back).reshape(x_hat.shape)
         return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)), decoded)
 

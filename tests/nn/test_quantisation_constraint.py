@@ -1,36 +1,58 @@
 """Back into the cells: nothing moves inside, what is outside comes back, and on average nearer to what was encoded."""
 
 import numpy as np
-import pytest
 import torch
+from torch import nn
 
 from mvcodec.codec import decode_set, encode_image
 from mvcodec.images import Image
 from mvcodec.nn import aligned_refinement
 from mvcodec.nn.gain import hat_basis
-from mvcodec.nn.quantisation_constraint import REACH, STEP, correction, excess
+from mvcodec.nn.quantisation_constraint import REACH, SHARE, QuantisationConstraint, correction
 from tests.conftest import smooth_picture
 
 
-def test_excess_is_what_is_beyond_reach():
-    y_hat = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0]).view(1, 5, 1, 1)
-    y = y_hat + torch.tensor([0.0, REACH, REACH + 0.25, -REACH - 1, 0.1]).view(1, 5, 1, 1)
-    torch.testing.assert_close(excess(y, y_hat).flatten(), torch.tensor([0.0, 0.0, 0.25, -1.0, 0.0]))
+def test_what_is_within_reach_stays_at_first_and_of_the_rest_a_share_goes_back():
+    apart = torch.tensor([0.0, REACH, REACH + 0.25, -REACH - 1, 0.1]).view(1, 5, 1, 1)
+    for quality in (0.0, 0.4, 1.0):
+        t = torch.tensor([quality])
+        share = SHARE[0] + quality * (SHARE[1] - SHARE[0])
+        expected = share * torch.tensor([0.0, 0.0, 0.25, -1.0, 0.0])
+        cells = QuantisationConstraint(5, 4)
+        torch.testing.assert_close(cells(apart, hat_basis(t, 4)).flatten(), expected)
+        torch.testing.assert_close(cells.plain(apart, t).flatten(), expected)
 
 
-@pytest.mark.parametrize("quality", [0.0, 0.4, 1.0])
-def test_correction_takes_that_share_of_the_excess_back(tiny_model, quality):
+def test_each_channel_has_a_curve_of_its_own_at_each_knot():
+    cells, apart = QuantisationConstraint(2, 2), torch.tensor([0.5, -0.5]).view(1, 2, 1, 1)
+    with torch.no_grad():
+        cells.log_reach.copy_(torch.tensor([[0.1, 0.2], [0.3, 0.5]]).log())
+        cells.share.copy_(torch.tensor([[1.0, 1.0], [2.0, 1.0]]))
+        cells.slope.copy_(torch.tensor([[0.0, 0.1], [0.0, -0.1]]))
+    for quality, expected in ((0.0, [0.4, -0.3 - 0.05]), (1.0, [0.4, 0.05])):
+        found = cells(apart, hat_basis(torch.tensor([quality]), 2))
+        torch.testing.assert_close(found.flatten(), torch.tensor(expected))
+
+
+def test_weights_that_know_of_no_curves_have_the_plain_one():
+    cells = QuantisationConstraint(2, 3)
+    nn.init.ones_(cells.slope)
+    nn.Sequential(cells).load_state_dict({})
+    for name, values in QuantisationConstraint(2, 3).state_dict().items():
+        torch.testing.assert_close(cells.state_dict()[name], values)
+
+
+def test_a_correction_takes_back_what_is_astray(tiny_model):
     """The tiny codec is the KLT, whose gain and inverse gain are reciprocals: a linear and orthonormal transform."""
-    net, t = tiny_model.net, torch.tensor([quality])
+    net, t = tiny_model.net, torch.tensor([0.4])
     basis = hat_basis(t, net.config.quality_knots)
     gain, inverse = net.gain.gain(basis), net.gain.inverse(basis)
     with torch.inference_mode():
         y = net.g_a(torch.rand(1, 3, 64, 64), basis) * gain
         astray = torch.randn_like(y) * (torch.rand_like(y) < 0.1)
         picture = torch.rand(1, 3, 64, 64)
-        moved = net.g_a(picture - correction(net.para_jd.coarse, astray, inverse, t), basis) * gain
-        share = STEP[0] + quality * (STEP[1] - STEP[0])
-        torch.testing.assert_close(moved, net.g_a(picture, basis) * gain - share * astray, atol=2e-3, rtol=1e-3)
+        moved = net.g_a(picture - correction(net.para_jd.coarse, astray, inverse), basis) * gain
+        torch.testing.assert_close(moved, net.g_a(picture, basis) * gain - astray, atol=2e-3, rtol=1e-3)
 
 
 def test_a_picture_spoiled_beyond_its_cells_comes_nearer(tiny_model):
@@ -89,3 +111,19 @@ def test_peers_are_drawn_back_before_they_are_seen_and_again_only_what_they_chan
         assert all(np.array_equal(view.pixels, a) for view, a in zip(together, alone, strict=True))
     finally:
         handle.remove()
+
+
+def test_only_what_peers_have_changed_goes_by_the_plain_curve(tiny_model, monkeypatch):
+    wide = smooth_picture(64, 112, seed=5)
+    pair = [encode_image(tiny_model, Image(wide[:, s : s + 96].copy()), 40, camera_id=f"c{s}") for s in (0, 8)]
+    curves, plain, learned = [], QuantisationConstraint.plain, QuantisationConstraint.forward
+
+    def watched(name, curve):
+        return lambda *given: curves.append(name) or curve(*given)
+
+    monkeypatch.setattr(QuantisationConstraint, "plain", staticmethod(watched("plain", plain)))
+    monkeypatch.setattr(QuantisationConstraint, "forward", watched("learned", learned))
+    decode_set(tiny_model, pair, joint=False)
+    assert curves == ["learned", "learned"]
+    decode_set(tiny_model, pair)
+    assert curves[2:] == ["learned", "learned", "plain", "plain"]

@@ -128,7 +128,8 @@ def test_joint_stage_may_train_the_synthesis_too_and_leaves_every_bit_alone(conf
 def test_decoder_stage_trains_what_turns_integers_into_pictures_and_goes_on_as_if_not_stopped(config, single, tmp_path):
     run = replace(config, stage="decoder", start_from=str(single))
     changed = changed_by(run)
-    decoder = ("para_jd.coarse.", "para_jd.fine.", "gain.log_inverse", "refinement.look.", "refinement.clean_out.")
+    synthesis = ("para_jd.coarse.", "para_jd.fine.", "gain.log_inverse")
+    decoder = (*synthesis, "refinement.look.", "refinement.clean_out.", "cells.")
     assert {next(part for part in decoder if name.startswith(part)) for name in changed} == set(decoder)
     goes_on_as_if_not_stopped(run, weights(Path(run.run_dir) / "checkpoint.pt"), tmp_path)
 

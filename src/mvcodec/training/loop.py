@@ -3,7 +3,7 @@
 Stage `single` trains everything on lone views (K = 1). Stage `quantise` (rounding.py) trains the entropy model with
 rounded weights and activations. Stage `joint` freezes the encoder and the entropy model, so that no bit changes, and
 trains Para-JD's fusions on sets of overlapping views of random K. Stage `decoder` freezes the same and trains the
-synthesis and the cleaning, on lone views, with the step back into the quantiser's cells in its loss. Stage `refine`
+synthesis and the cleaning, on lone views, together with the step back into the quantiser's cells. Stage `refine`
 (refinement.py) trains the pixel-aligned refinement alone.
 """
 
@@ -122,6 +122,8 @@ class Trainer:
             self.model.requires_grad_(False)
             self.model.para_jd.requires_grad_(True)
             self.model.gain.log_inverse.requires_grad_(True)
+        if self.model.cells is not None:  # of no use where pictures are not drawn back
+            self.model.cells.requires_grad_(self.config.stage == "decoder")
         self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
         if self.model.refinement is not None:
             self.model.refinement.requires_grad_(False)

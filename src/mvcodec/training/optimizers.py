@@ -16,9 +16,11 @@ from torch.optim import AdamW, Optimizer
 
 OPTIMIZERS = ("adamw", "muon")
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
+CELLS_RATE = 100.0  # of the three numbers of each channel that draw back into cells
 TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already calms these
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s quintic: singular values into about 0.7..1.2 in five steps
 ADAM_SIZE = 0.2  # root mean square of AdamW's steps
+RATES = {".klt.": KLT_RATE, ".stage": TRANSFORM_RATE, "cells.": CELLS_RATE}  # by what a name has in it
 # Not hidden: layers between pixels, symbols or distribution parameters and the features.
 EDGES = (".klt.", ".enter.", ".leave.", ".last.", ".out.", "clean_out.", "look.0.", "h_a.conv1.", "z_prior.")
 
@@ -32,7 +34,7 @@ def optimizers_for(model: nn.Module, kind: str) -> dict[str, Optimizer]:
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = KLT_RATE if ".klt." in name else TRANSFORM_RATE if ".stage" in name else 1.0
+            factor = next((rate for part, rate in RATES.items() if part in name), 1.0)
             groups.setdefault((kind == "muon" and is_hidden(name, parameter), factor), []).append(parameter)
 
     def of(muon: bool) -> list[dict[str, Any]]:
