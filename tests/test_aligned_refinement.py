@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvcodec.nn import aligned_refinement
-from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, _halve, _plane, _restore, match_colours, see
+from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer, _halve, _plane, _restore, fade, match_colours, see
 from mvcodec.nn.alignment import Sight, sights
 from mvcodec.training.preparation import CROP, examples
 from mvcodec.training.refinement import batch_of, loss
@@ -66,6 +66,18 @@ def test_much_coarser_peers_are_left_out_and_finer_ones_are_not() -> None:
     assert torch.equal(together.pictures[1], alone.pictures[1])
     assert together.weights[1].tolist() == [0, 1, 0]
     assert (together.weights[0, 1:] > 0).all()
+
+
+@torch.no_grad()
+def test_of_what_peers_correct_less_is_believed_at_the_highest_qualities(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.testing.assert_close(fade(torch.tensor([0.0, 0.8, 0.9, 1.0])), torch.tensor([1.0, 1.0, 0.85, 0.7]))
+    model, pictures, quality = scrambled(), 0.4 + 0.2 * views(), torch.tensor([0.9, 1.0, 0.8])  # nothing is clamped
+    alone, found = model(pictures, quality, peers=False).pictures, model(pictures, quality)
+    monkeypatch.setattr(aligned_refinement, "FADES", (0.8, 1.0))
+    whole = model(pictures, quality)
+    torch.testing.assert_close(found.weights, whole.weights)
+    for k, share in enumerate((0.85, 0.7, 1.0)):
+        torch.testing.assert_close(found.pictures[k], torch.lerp(alone[k], whole.pictures[k], share), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from mvcodec.tiling import Span, fused_at_once, spans, steadied_at_once, tiled
 
 SCALE = 16.0  # coding errors are about 1/50 of the range: brings them near 1 inside the net
 MAX_COARSER = 0.5  # a peer of lower quality by more shows nothing new: one view at 80 beside others at 15 lost 0.1 dB
+FADES = (0.8, 0.7)  # from this quality on less of what peers correct is believed, at 1 so much: it is too bold there
 REACH = 16  # pixels: eight 3x3 convolutions at half resolution
 QUARTERS = tuple(product((0, 1), repeat=2))  # rows and columns of a pixel's four
 MIN_OVERLAP = 0.02  # mean consistency below which a pair is taken for two different places
@@ -150,6 +151,7 @@ class AlignedRefinement(nn.Module):
             # The peers of every view are the cleaned views, not the ones that their peers have refined.
             cleaned = refined.clone()
             qualities = quality.tolist()
+            belief = fade(quality)
 
             def fuse(seen: tuple[int, Sight]) -> None:
                 i, sight = seen
@@ -165,7 +167,7 @@ class AlignedRefinement(nn.Module):
                 tiles = self._fuse_in_tiles(cleaned[i : i + 1], features[i], quality[i : i + 1], others, most, call)
                 for rows, columns, fused in tiles:
                     place, inside = (..., rows.kept, columns.kept), (..., rows.inside, columns.inside)
-                    refined[i][place] = fused.pictures[0][inside].clamp_(0, 1)
+                    refined[i][place].lerp_(fused.pictures[0][inside], belief[i]).clamp_(0, 1)
                     shares = fused.shares[0, :, 0][inside].float()
                     given += shares.sum((1, 2)).cpu()
                     if drawn is not None:
@@ -259,6 +261,12 @@ class AlignedRefinement(nn.Module):
         elif self.steady is None:
             self.steady = SteadyFlow().to(self.pair_out.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def fade(quality: Tensor) -> Tensor:
+    """How much of what peers correct is believed at qualities [..] in [0, 1]; found on training scenes."""
+    start, least = FADES
+    return 1 - (1 - least) * ((quality - start) / (1 - start)).clamp(0, 1)
 
 
 def _seen_from(main: Tensor, others: tuple[Other, ...]) -> Iterator[Peer]:
