@@ -90,7 +90,7 @@ def cores_that_pay() -> Iterator[None]:
 
 def _fastest(cores: int) -> int:
     """Whether one thread or `cores` of them are faster at operations as Para-EM has them, in turns."""
-    large, small = torch.zeros(DIVIDED), torch.zeros(WHOLE)
+    large, small = (torch.zeros(n, dtype=torch.float32, device="cpu") for n in (DIVIDED, WHOLE))
     times: dict[int, list[float]] = {cores: [], 1: []}
     try:
         for _ in range(TRIES):
