@@ -48,16 +48,14 @@ class QuantisationConstraint(nn.Module):
         log_reach, share, slope = (
             (basis @ values)[:, :, None, None] for values in (self.log_reach, self.share, self.slope)
         )
-        reach = log_reach.exp()
-        inside = torch.maximum(torch.minimum(apart, reach), -reach)
-        return slope * apart + share * (apart - inside)
+        return slope * apart + share * _excess(apart, log_reach.exp())
 
     @staticmethod
     def plain(apart: Tensor, quality: Tensor) -> Tensor:
         """The same by the curve that all channels begin with; quality [K] in [0, 1]."""
         low, high = SHARE
         share = (low + (high - low) * quality)[:, None, None, None]
-        return share * (apart - apart.clamp(-REACH, REACH))
+        return share * _excess(apart, REACH)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Older weights have all channels as they begin."""
@@ -66,6 +64,11 @@ class QuantisationConstraint(nn.Module):
             found = _beginning(channels, knots)
             state_dict.update({f"{prefix}{name}": values for name, values in found.items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _excess(apart: Tensor, reach: Any) -> Tensor:
+    """What is beyond reach, a number or [K, M, 1, 1]."""
+    return apart - apart.clamp(-reach, reach)
 
 
 def _beginning(channels: int, knots: int) -> dict[str, Tensor]:
