@@ -32,6 +32,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mvcodec.precision import bfloat16_pays
+
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 NEEDED = ("_ensureCUDADeviceGuardSet", "_dispatch_has_kernel_for_dispatch_key", "_disabled_torch_function_impl")
 NOISE = {True: 123.25, False: 77}  # of floating-point numbers and of integers
@@ -454,7 +456,9 @@ PRETENDED: dict[str, Any] = {
     "torch.cuda.is_available": lambda: True,
     "torch.cuda.device_count": lambda: 1,
     "torch.cuda.current_device": lambda: 0,
-    "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+    "torch.cuda.is_bf16_supported": lambda including_emulation=True: (
+        including_emulation or bfloat16_pays(torch.device("cpu"))  # which is what computes
+    ),
     "torch.cuda.get_device_name": lambda device=None: "a GPU that is none",
     "torch.cuda._lazy_init": lambda: None,
     "torch.cuda.manual_seed_all": lambda seed: None,

@@ -112,7 +112,8 @@ def encode_view(
     t = to_device(torch.tensor([quality / 100], dtype=torch.float32), model.device)
     basis = hat_basis(t, net.config.quality_knots)
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
-    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0)
+    searched, bfloat16 = effort > 0, model.bfloat16
+    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=searched, bfloat16=bfloat16)
     y = _analysed(model, x, basis, most)
     z = model.graphs(net.h_a, y)  # [1, N, H/64, W/64]
     if effort and min(image.height, image.width) >= LATENT_STRIDE:  # else hardly anything that is coded is shown
@@ -336,7 +337,9 @@ def reconstruct(
         together = net.refinement if joint and refine and len(group) > 1 else None
         pixels = LATENT_STRIDE**2 * height * width
         peers = 0 if together is None else min(max_peers or len(group), len(group) - 1)
-        most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers)
+        most = pixels_at_once(
+            net.config.transform, pixels, len(group), max_memory, peers, bfloat16=model.bfloat16
+        )
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
 
         def draw_back(n: int, picture: Tensor, fused: bool = False, group: list[int] = group, most: int = most) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from statistics import median
 from threading import Thread
 from time import perf_counter
@@ -78,9 +78,14 @@ def cores_that_pay() -> Iterator[None]:
     to wake, thousands of operations of some microseconds then take two or three times as long on two cores as on one.
     """
     cores = torch.get_num_threads()
-    if cores < 2 or _fastest(cores) > 1:
+    with nullcontext() if cores < 2 or _fastest(cores) > 1 else on_one_core():
         yield
-        return
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Operations within are computed by this thread alone."""
+    cores = torch.get_num_threads()
     _compute_with(1, cores)
     try:
         yield

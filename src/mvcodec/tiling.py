@@ -44,23 +44,33 @@ WORKING = {"klt": 160, "paper": 450}  # per pixel that a transform is at work on
 FUSING = 250  # or the peers' part of the refinement
 STEADYING = 120_000_000  # for one tile of nn/steady_flow.py, before the peers' part begins
 SEARCHING = {"klt": 1500, "paper": 4500}  # per pixel of a tile of the encoder's search, which is SMALLEST a side
+# All this is of networks in bfloat16. In float32:
+WIDE = 1.5  # times as much of what is at work
+FEATURES = 20  # more per pixel of each view that is aligned: 40 channels at half size
 
 
 def pixels_at_once(
-    transform: str, pixels: int, views: int, max_memory: int | None, peers: int = 0, searched: bool = False
+    transform: str,
+    pixels: int,
+    views: int,
+    max_memory: int | None,
+    peers: int = 0,
+    searched: bool = False,
+    bfloat16: bool = True,
 ) -> int:
     """How many pixels a transform may work on at a time, of `views` of `pixels` each, to stay within so many bytes.
 
     peers: with how many others each view is aligned. searched: the encoder looks for better latents, in tiles that
-    are always the same. Without a budget always the same number, so that a picture gives the same file wherever there
+    are always the same. bfloat16: what the networks run in, else float32. Without a budget always the same number, so that a picture gives the same file wherever there
     is memory enough. Raises UsageError where what cannot be tiled is over the budget.
     """
     if max_memory is None:
         return USUAL
     waiting = min(views**2 // 4, views * peers // 2)
-    per_pixel = views * ALIGNED + peers * PEER + waiting * WAITING if peers else WALK + HELD * (views - 1)
-    working = max(WORKING[transform], FUSING if peers else 0)
-    tile = max(working, SEARCHING[transform] * searched) * SMALLEST**2
+    aligned, wide = (ALIGNED, 1.0) if bfloat16 else (ALIGNED + FEATURES, WIDE)
+    per_pixel = views * aligned + peers * PEER + waiting * WAITING if peers else WALK + HELD * (views - 1)
+    working = int(wide * max(WORKING[transform], FUSING if peers else 0))
+    tile = int(max(working, wide * SEARCHING[transform] * searched)) * SMALLEST**2
     held, least = PROGRAM + per_pixel * pixels, max(tile, STEADYING) if peers else tile
     if max_memory < held + least:
         megapixels = f"{pixels / 1e6:.1f}" if pixels >= 1e5 else f"{pixels / 1e6:.2g}"

@@ -35,6 +35,7 @@ from mvcodec.exact.stored import exact_layers, load_tensors, to_tensors
 from mvcodec.files import atomic, shipped
 from mvcodec.graphs import PLAIN, Graphs, graphs_on
 from mvcodec.parahydra import ModelConfig, ParaHydra
+from mvcodec.precision import bfloat16_pays
 
 FORMAT = "mvcodec-weights-2"
 DEFAULT_MODEL = "fast"
@@ -79,10 +80,8 @@ class Model:
 
     @cached_property
     def bfloat16(self) -> bool:
-        """Whether the float networks run in bfloat16: only where the processor has it in hardware."""
-        # A private function of torch, absent before 2.6: without it float32, which is slower and never wrong.
-        in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return self.device.type == "cuda" or bool(in_hardware())
+        """Whether the float networks run in bfloat16."""
+        return bfloat16_pays(self.device)
 
 
 def entropy_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> bytes:
@@ -260,6 +259,7 @@ def load_model(name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch
     for module in (net.g_a, net.para_jd, net.refinement):
         if module is not None:
             module.to(memory_format=torch.channels_last)
+    bfloat16_pays(torch.device(device))  # tried before threads compute beside each other
     boundaries = torch.from_numpy(thresholds / 65536).to(device)
     graphs = graphs_on(torch.device(device))
     return Model(path.stem, net, tables["gaussian"], tables["hyper"], boundaries, identity, path, about, graphs)

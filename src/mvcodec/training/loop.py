@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.evaluation.metrics import MS_SSIM_MIN_SIDE
 from mvcodec.parahydra import ModelConfig, ParaHydra, TrainingOutput, config_for
+from mvcodec.precision import autocast
 from mvcodec.training.checkpoint import (
     Ema,
     bits_of,
@@ -147,7 +148,7 @@ class Trainer:
         return way | {"decode": stage != "quantise", "constrain": stage == "decoder"}
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.device)
 
     def train_step(self) -> dict[str, float]:
         """One update; depends on (seed, step) and the weights alone."""

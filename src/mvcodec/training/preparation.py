@@ -25,6 +25,7 @@ from mvcodec.nn.aligned_refinement import see
 from mvcodec.nn.alignment import sights
 from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
+from mvcodec.precision import autocast
 from mvcodec.training import steadying
 from mvcodec.training.checkpoint import save_tensors
 from mvcodec.training.config import TrainConfig
@@ -58,7 +59,7 @@ def decode_alone(net: ParaHydra) -> Decoder:
         padded = F.pad(pictures.to(device), (0, -width % PAD_MULTIPLE, 0, -height % PAD_MULTIPLE), mode="replicate")
         decoded: list[Tensor] = []
         cleaned: list[Tensor] = []
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             for x, quality in zip(padded, qualities, strict=True):
                 t = torch.tensor([[quality]], device=device)
                 out = net(x[None, None], t, joint=False, fuse=False, constrain=True)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer
 from mvcodec.parahydra import ParaHydra
+from mvcodec.precision import autocast
 from mvcodec.training.checkpoint import (
     Ema,
     load_weights,
@@ -104,7 +105,7 @@ class Losses(NamedTuple):
 def loss(model: AlignedRefinement, batch: Example, distortion: str = "mse") -> Losses:
     """Joint distortion relative to that of the view alone; harm counts more."""
     main, target = batch["main"], batch["target"]
-    with torch.autocast(main.device.type, torch.bfloat16):
+    with autocast(main.device):
         with torch.no_grad():
             _, features = model.clean(batch["decoded"], batch["quality"])
         places = zip(*(batch[name].unbind(1) for name in ("peers", "consistency", "peer_quality")), strict=True)
