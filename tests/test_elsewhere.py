@@ -248,7 +248,7 @@ def test_graphs_replay_what_was_called(gpu: Any, files: list[bytes]) -> None:
 
 
 def test_bfloat16_costs_little(tiny_model_file: Path, files: list[bytes]) -> None:
-    """Blocks that have learned something round what they add, by hundredths of a level; what they add it to is not rounded."""
+    """Blocks that have learned something round what they add, by hundredths of a level, and not what they add it to."""
     gpu = load_model(tiny_model_file, "cuda")
     learned = [layer for name, layer in gpu.net.para_jd.named_parameters() if name.endswith("conv2.weight")]
     for weight in learned:

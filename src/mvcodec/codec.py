@@ -337,9 +337,7 @@ def reconstruct(
         together = net.refinement if joint and refine and len(group) > 1 else None
         pixels = LATENT_STRIDE**2 * height * width
         peers = 0 if together is None else min(max_peers or len(group), len(group) - 1)
-        most = pixels_at_once(
-            net.config.transform, pixels, len(group), max_memory, peers, bfloat16=model.bfloat16
-        )
+        most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers, bfloat16=model.bfloat16)
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
 
         def draw_back(n: int, picture: Tensor, fused: bool = False, group: list[int] = group, most: int = most) -> None:

@@ -61,8 +61,9 @@ def pixels_at_once(
     """How many pixels a transform may work on at a time, of `views` of `pixels` each, to stay within so many bytes.
 
     peers: with how many others each view is aligned. searched: the encoder looks for better latents, in tiles that
-    are always the same. bfloat16: what the networks run in, else float32. Without a budget always the same number, so that a picture gives the same file wherever there
-    is memory enough. Raises UsageError where what cannot be tiled is over the budget.
+    are always the same. bfloat16: what the networks run in, else float32. Without a budget always the same number, so
+    that a picture gives the same file wherever there is memory enough. Raises UsageError where what cannot be tiled is
+    over the budget.
     """
     if max_memory is None:
         return USUAL
