@@ -23,6 +23,7 @@ from mvcodec.latents import LATENT_STRIDE, Walk, decode_intact, encode_latents, 
 from mvcodec.nn.aligned_refinement import AlignedRefinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import correction
+from mvcodec.nn.transforms import KltAnalysis
 from mvcodec.padding import extended, shown
 from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.search import MOST_EFFORT, better_latents
@@ -340,16 +341,19 @@ def reconstruct(
         most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers, bfloat16=model.bfloat16)
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
 
-        def draw_back(n: int, picture: Tensor, fused: bool = False, group: list[int] = group, most: int = most) -> None:
-            """The group's view n, in its frame [3, H, W], in place; fused: as its peers have changed it."""
-            k = group[n]
-            if known is None or known[k]:
-                one, own = slice(k, k + 1), _own(picture, sizes[k])[None]
-                with torch.autocast(model.device.type, enabled=False):
-                    y_hat, quality = latents[k].float(), qualities[one] if fused else None
-                    own.copy_(_constrained(model, own, y_hat, basis[one], quality, most))
+        cells = [
+            _Cells(model, latents[k], basis[k : k + 1], qualities[k : k + 1], most, helped=together is not None)
+            if known is None or known[k]
+            else None
+            for k in group
+        ]
 
-        changed = [(n, picture, False) for n, picture in enumerate(pictures)]
+        def draw_back(n: int, picture: Tensor, group: list[int] = group, cells: list[_Cells | None] = cells) -> None:
+            """The group's view n, in its frame [3, H, W], in place; again if it has been."""
+            if (own := cells[n]) is not None:
+                own.draw_back(_own(picture, sizes[group[n]])[None])
+
+        changed = list(enumerate(pictures))
         if together is not None:
             with _autocast(model):
                 # Peers, too, are drawn back before they are seen; what none of them changed is then as it shall be.
@@ -363,7 +367,7 @@ def reconstruct(
                     call=model.graphs if pixels <= most else PLAIN,
                 )
             pictures, shares = refined.pictures, refined[1:]
-            changed = [(n, picture, True) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
+            changed = [(n, picture) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
         beside(lambda view: draw_back(*view), changed, model.device, most // pixels)
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = _own(picture, sizes[k])
@@ -406,24 +410,51 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
     return tiled(refinement, clean, pictures, most).float().clamp_(0, 1)
 
 
-def _constrained(
-    model: Model, picture: Tensor, y_hat: Tensor, basis: Tensor, fused: Tensor | None, most: int
-) -> Tensor:
-    """A decoded picture [1, 3, H, W] in [0, 1], drawn back into the cells of its y_hat [1, M, h, w], in [0, 1].
+class _Cells:
+    """Draws decoded pictures of one view, [1, 3, H, W] in [0, 1], back into the cells of its y_hat, in place.
 
-    fused: its quality [1], if peers have changed it.
+    y_hat [1, M, h, w], its quality [1] and basis [1, knots]; most: so many pixels at a time; helped: peers may change
+    what was drawn back.
     """
-    net = model.net
-    cells, coarse = net.cells, net.cell_synthesis
-    if cells is None or coarse is None:
-        return picture
 
-    def picture_of(apart: Tensor, views: slice) -> Tensor:
-        astray = cells(apart, basis) if fused is None else cells.plain(apart, fused)
-        return correction(coarse, astray, net.gain.inverse(basis))
+    def __init__(
+        self, model: Model, y_hat: Tensor, basis: Tensor, quality: Tensor, most: int, helped: bool = False
+    ) -> None:
+        self.model, self.y_hat, self.basis, self.quality = model, y_hat, basis, quality
+        self.most, self.helped = most, helped
+        self.elsewhere: Tensor | None = None  # of y - y_hat, what the KLT of the picture does not say
 
-    apart = _analysed(model, picture, basis, most).sub_(y_hat)
-    return (picture - tiled(coarse.klt, picture_of, apart, max(most // LATENT_STRIDE**2, 1))).clamp_(0, 1)
+    def draw_back(self, picture: Tensor) -> None:
+        """By the curves of lone views; the second time, once peers have changed it, by the plain curve.
+
+        They change so little that the blocks of g_a hardly answer: y follows by the KLT alone, a hundredth of the work.
+        """
+        net = self.model.net
+        if net.cells is None or net.cell_synthesis is None:
+            return
+        with torch.autocast(self.model.device.type, enabled=False):
+            if self.elsewhere is not None:
+                apart = self._klt(picture).add_(self.elsewhere)
+                self._take(net.cells.plain(apart, self.quality), picture)
+                return
+            apart = _analysed(self.model, picture, self.basis, self.most).sub_(self.y_hat.float())
+            astray = net.cells(apart, self.basis)
+            self._take(astray, picture)
+            if self.helped:
+                self.elsewhere = apart.sub_(astray).sub_(self._klt(picture))
+
+    def _klt(self, picture: Tensor) -> Tensor:
+        """In quantiser steps [1, M, h, w]."""
+        g_a = self.model.net.g_a
+        assert isinstance(g_a, KltAnalysis)
+        return tiled(g_a.klt, lambda x, _: g_a.linear(x), picture, self.most) * self.model.net.gain.gain(self.basis)
+
+    def _take(self, astray: Tensor, picture: Tensor) -> None:
+        net = self.model.net
+        coarse, inverse = net.cell_synthesis, net.gain.inverse(self.basis)
+        assert coarse is not None
+        most = max(self.most // LATENT_STRIDE**2, 1)
+        picture.sub_(tiled(coarse.klt, lambda x, _: correction(coarse, x, inverse), astray, most)).clamp_(0, 1)
 
 
 def check_model(model: Model, header: Header) -> None:

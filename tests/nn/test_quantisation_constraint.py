@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mvcodec.codec import decode_set, encode_image
+from mvcodec.codec import _Cells, decode_set, encode_image
 from mvcodec.images import Image
 from mvcodec.nn import aligned_refinement
 from mvcodec.nn.gain import hat_basis
@@ -102,15 +102,35 @@ def test_peers_are_drawn_back_before_they_are_seen_and_again_only_what_they_chan
     monkeypatch.setattr(aligned_refinement, "sights", watched)
     handle = tiny_model.net.g_a.register_forward_hook(lambda *_: analysed.append(1))
     try:
-        for streams, often in ((pair, 4), (strangers, 2)):
+        for streams in (pair, strangers):
             alone = [view.pixels for view in decode_set(tiny_model, streams, joint=False)]
             analysed.clear()
             together = decode_set(tiny_model, streams)
-            assert len(analysed) == often
+            assert len(analysed) == 2  # once each: what peers change is followed by the KLT alone
             assert all(np.array_equal(a, b) for a, b in zip(seen.pop(), alone, strict=True))
         assert all(np.array_equal(view.pixels, a) for view, a in zip(together, alone, strict=True))
     finally:
         handle.remove()
+
+
+def test_a_changed_picture_is_drawn_back_as_if_it_had_been_analysed(tiny_model):
+    """Of the tiny codec, whose analysis is its KLT."""
+    net, quality = tiny_model.net, torch.tensor([0.6])
+    basis = hat_basis(quality, net.config.quality_knots)
+    gain, inverse = net.gain.gain(basis), net.gain.inverse(basis)
+    with torch.inference_mode():
+        picture = 0.3 + 0.4 * torch.rand(1, 3, 64, 96)  # nothing is clamped
+        y_hat = net.g_a(picture, basis) * gain + torch.rand(1, net.config.latent_channels, 4, 6) - 0.5
+        for most in (10**6, 32 * 32):  # in one piece, in tiles
+            cells = _Cells(tiny_model, y_hat, basis, quality, most, helped=True)
+            drawn = picture.clone()
+            cells.draw_back(drawn)
+            assert (drawn - picture).abs().max() > 0.001
+            drawn += 0.05 * torch.rand(drawn.shape)
+            apart = net.g_a(drawn, basis) * gain - y_hat
+            expected = drawn - correction(net.para_jd.coarse, net.cells.plain(apart, quality), inverse)
+            cells.draw_back(drawn)
+            torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)
 
 
 def test_only_what_peers_have_changed_goes_by_the_plain_curve(tiny_model, monkeypatch):

@@ -134,4 +134,5 @@ def _table(record: dict[str, Any]) -> list[str]:
     for name, reason in ((record.get("graphs") or {}).get("refused") or {}).items():
         lines.append(f"  {name} runs without a graph: {reason}")
     rates = f"{record['mp_per_s']} MP/s, {record['frames_per_s']} frames/s, " if "mp_per_s" in record else ""
-    return [*lines, f"  {rates}peak memory {record['peak_memory_mb']} MB, {record['threads']} threads"]
+    used = f"peak memory {record['peak_memory_mb']} MB, {record['threads']} threads, {record['precision']}"
+    return [*lines, f"  {rates}{used}"]

@@ -20,6 +20,7 @@ import torch
 from mvcodec import codec, images, weights
 from mvcodec.images import Image
 from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.precision import bfloat16_pays
 from mvcodec.stages import Stopwatch, watched
 from mvcodec.weights import Model
 
@@ -152,6 +153,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
+        "precision": "bfloat16" if bfloat16_pays(device) else "float32",  # of the float networks
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -77,6 +77,10 @@ class KltAnalysis(nn.Module):
         x = F.pixel_unshuffle(x, BLOCK)
         return self.stage16(in_full(self.klt, self.stage8(x, quality)), quality)
 
+    def linear(self, x: Tensor) -> Tensor:
+        """The KLT alone, without the blocks: by its difference a small change of the picture moves y."""
+        return in_full(self.klt, F.pixel_unshuffle(x, BLOCK))
+
     def _by_halves(self, x: Tensor, quality: Tensor) -> Tensor:
         """The same without ever shuffling back: the weights go into the order in which halving leaves the channels."""
         x = x - 0.5
