@@ -47,7 +47,7 @@ def test_it_is_tried_once(monkeypatch):
 
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
 def test_the_trial_tells_which_is_slow_whatever_the_program_was_told(monkeypatch, slow):
-    """A convolution that does its work four times over is found out, under autocast and another default, too."""
+    """A convolution that does its work forty times over is found out, under autocast and another default, too."""
     plain = F.conv2d
     kinds = set()
 

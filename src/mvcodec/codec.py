@@ -113,8 +113,9 @@ def encode_view(
     t = to_device(torch.tensor([quality / 100], dtype=torch.float32), model.device)
     basis = hat_basis(t, net.config.quality_knots)
     x = samples(image)  # [1, 3, H, W] integers, multiples of 64
-    searched, bfloat16 = effort > 0, model.bfloat16
-    most = pixels_at_once(net.config.transform, x[0, 0].numel(), 1, max_memory, searched=searched, bfloat16=bfloat16)
+    most = pixels_at_once(
+        net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0, bfloat16=model.bfloat16
+    )
     y = _analysed(model, x, basis, most)
     z = model.graphs(net.h_a, y)  # [1, N, H/64, W/64]
     if effort and min(image.height, image.width) >= LATENT_STRIDE:  # else hardly anything that is coded is shown
