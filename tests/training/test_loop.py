@@ -16,6 +16,7 @@ from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.exact.fixed import ACTIVATION_LIMIT
 from mvcodec.images import Image
 from mvcodec.nn.gain import rate_distortion_lambda
+from mvcodec.training import optimizers
 from mvcodec.training.checkpoint import save_whole
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows, columns, draw, draw_if_possible
@@ -287,6 +288,17 @@ def test_what_is_no_checkpoint_is_no_start(config, single, tmp_path):
     for name in ("foreign.pt", "text.pt", "cut.pt", "empty.pt"):
         with pytest.raises(ModelError, match=rf"{name}.* (is not a checkpoint|do not fit)"):
             train(replace(config, start_from=str(tmp_path / name)), progress=False)
+
+
+def test_a_run_whose_gradients_are_never_finite_ends_and_keeps_its_weights(config, monkeypatch):
+    monkeypatch.setattr(optimizers, "LOST", 3)
+    trainer = Trainer(config, progress=False)
+    trainer.train_step()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.model.gain.log_gain.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(MvcodecError, match="gradients of 3 steps in a row"):
+        trainer.fit()
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer.run / "checkpoint.pt").items())
 
 
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):

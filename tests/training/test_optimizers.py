@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvcodec.errors import UsageError
+from mvcodec.errors import MvcodecError, UsageError
 from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.loop import Trainer, train
-from mvcodec.training.optimizers import ADAM_SIZE, KLT_RATE, Muon, optimizers_for, orthogonalised
+from mvcodec.training.optimizers import ADAM_SIZE, KLT_RATE, LOST, FiniteSteps, Muon, optimizers_for, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(20, 90), (90, 20), (30, 30)])
@@ -68,3 +68,12 @@ def test_muon_resumes_as_if_it_had_not_stopped(scenes_folder, tiny_model_file, t
     assert all(torch.equal(resumed["model"][name], value) for name, value in whole.items())
     with pytest.raises(UsageError, match="was trained with --optimizer muon, not adamw"):
         Trainer(replace(parted, optimizer="adamw"), progress=False)
+
+
+def test_steps_without_finite_gradients_are_left_out_until_they_are_too_many():
+    finite = FiniteSteps()
+    assert [finite.takes(norm) for norm in (1.0, float("nan"), float("inf"), 2.0)] == [True, False, False, True]
+    for _ in range(LOST - 1):
+        assert not finite.takes(float("nan"))
+    with pytest.raises(MvcodecError, match="not finite"):
+        finite.takes(float("nan"))

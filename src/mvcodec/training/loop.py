@@ -40,7 +40,7 @@ from mvcodec.training.data import centre_crops, check_validation, load_scenes, r
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
 from mvcodec.training.losses import check_distortion, loss_of
-from mvcodec.training.optimizers import OPTIMIZERS, optimizers_for
+from mvcodec.training.optimizers import OPTIMIZERS, FiniteSteps, optimizers_for
 from mvcodec.training.parallax_supervision import ParallaxSupervision
 from mvcodec.training.rounding import calibration_on, count_in_integers
 from mvcodec.training.sampling import Batches, CropSampler
@@ -74,6 +74,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         self.ahead: Iterator[tuple[Tensor, Tensor]] | None = None
         self.step = 0
+        self.finite = FiniteSteps()
         self.unwritten: list[dict[str, float]] = []  # rows of the log
         checkpoint = self.run / "checkpoint.pt"
         torch.manual_seed(config.seed)
@@ -177,6 +178,7 @@ class Trainer:
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
         norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in groups]
         norm = torch.stack(norms).max().item()
+        takes = self.finite.takes(norm)
         total, bits, error, off = processes.mean(terms.detach()).tolist()
         row = {
             "step": step + 1,
@@ -189,7 +191,7 @@ class Trainer:
             **({"parallax": off} if config.parallax else {}),
         }
         with uninterrupted():
-            if math.isfinite(norm):
+            if takes:
                 for optimizer in self.optimizers.values():
                     optimizer.step()
             self.ema.update(self.model, step)

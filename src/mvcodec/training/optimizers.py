@@ -7,12 +7,15 @@ size of AdamW's steps (Liu et al. 2025, arXiv 2502.16982), so that both go by on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from mvcodec.errors import MvcodecError
 
 OPTIMIZERS = ("adamw", "muon")
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
@@ -21,6 +24,7 @@ TRANSFORM_RATE = 0.8  # of the residual blocks around them; BRANCH_GAIN already 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s quintic: singular values into about 0.7..1.2 in five steps
 ADAM_SIZE = 0.2  # root mean square of AdamW's steps
 RATES = {".klt.": KLT_RATE, ".stage": TRANSFORM_RATE, "cells.": CELLS_RATE}  # by what a name has in it
+LOST = 50  # steps in a row whose gradients are not finite, after which a run gives up
 # Not hidden: layers between pixels, symbols or distribution parameters and the features.
 EDGES = (".klt.", ".enter.", ".leave.", ".last.", ".out.", "clean_out.", "look.0.", "h_a.conv1.", "z_prior.")
 
@@ -85,3 +89,17 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
         factor.diagonal().add_(a)
         product, gram = factor @ product, factor @ gram @ factor
     return product @ x
+
+
+class FiniteSteps:
+    """Which steps are taken: those with finite gradients. One that is not may be a rare crop; many are a defect."""
+
+    def __init__(self) -> None:
+        self.lost = 0
+
+    def takes(self, norm: float) -> bool:
+        """Whether gradients of this norm move the weights. MvcodecError after `LOST` in a row that do not."""
+        self.lost = 0 if math.isfinite(norm) else self.lost + 1
+        if self.lost >= LOST:
+            raise MvcodecError(f"the gradients of {LOST} steps in a row are not finite; the weights stay as they were")
+        return not self.lost

@@ -39,6 +39,7 @@ from mvcodec.training.checkpoint import (
 from mvcodec.training.config import TrainConfig, check_settings, learning_rate
 from mvcodec.training.curves import append_rows, draw_if_possible
 from mvcodec.training.losses import check_distortion, distortion_of
+from mvcodec.training.optimizers import FiniteSteps
 from mvcodec.training.preparation import CROP, PARTS, SIDES, Example, Watch, prepare, refuse_foreign
 
 TRAINED_CROP = {"mse": 128, "ms-ssim": CROP}  # of the examples as trained: five scales need all there is
@@ -203,7 +204,7 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
         rows.clear()
 
     say(f"stage refine: training, step {step} of {config.steps}")
-    saved = time.monotonic()
+    saved, finite = time.monotonic(), FiniteSteps()
     rows: list[dict[str, float]] = []
     bar = tqdm(total=config.steps, initial=step, disable=not progress, unit="step")
     try:
@@ -214,11 +215,12 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
             now = loss(refinement, {name: x.to(device) for name, x in batch.items()}, config.distortion)
             optimizer.zero_grad(set_to_none=True)
             now.total.backward()
-            nn.utils.clip_grad_norm_(trained, 0.5)
+            takes = finite.takes(nn.utils.clip_grad_norm_(trained, 0.5).item())
             joint_db = -10 * math.log10(float(now.joint))
             row = {"step": step + 1, "loss": now.total.item(), "joint_db": joint_db}
             with uninterrupted():
-                optimizer.step()
+                if takes:
+                    optimizer.step()
                 ema.update(refinement, step)
                 step += 1
                 rows.append(row)
