@@ -101,3 +101,18 @@ def test_turned_views_know_where_they_look() -> None:
     upright, turned = (turned_views.tensor(turned_views.look(waves, *case)) for case in ((0, 1.0), (30, 1.25)))
     seen = warp(turned, turned_views.true_flow(30, 1.25))
     assert (seen - upright)[..., 150:230, 150:230].abs().max() < 0.02  # half a pixel off is more
+
+
+def test_runs_are_compared_cleaned_and_drawn_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against itself nothing; a model for another measure needs far more bits. A small picture is left out."""
+    for scene, side in enumerate((128, 160, 96)):
+        (tmp_path / str(scene)).mkdir()
+        Image.fromarray(smooth_picture(side, 192, seed=scene)).save(tmp_path / str(scene) / "a.png")
+    models = [str(FOLDER.parent / "models" / f"{name}.safetensors") for name in ("fast", "fast", "fast-ms-ssim")]
+    program("compare_weights").main([str(tmp_path), *models, "--every", "1", "--side", "128"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[1].split(":")[0] for line in lines] == ["cleaned", "drawn back"] * 2
+    rates = [float(line.split(": ")[1].split(" %")[0]) for line in lines]
+    assert rates[:2] == [0, 0]
+    assert min(rates[2:]) > 5
+    assert all("2 crops" in line for line in lines)

@@ -342,20 +342,19 @@ def reconstruct(
         most = pixels_at_once(net.config.transform, pixels, len(group), max_memory, peers, bfloat16=model.bfloat16)
         pictures = _synthesise(model, torch.cat(views), basis[group], qualities[group], joint, together is None, most)
 
-        cells = [
-            _Cells(model, latents[k], basis[k : k + 1], qualities[k : k + 1], most, helped=together is not None)
+        cells = {
+            n: _Cells(model, latents[k], basis[k : k + 1], qualities[k : k + 1], most, helped=together is not None)
+            for n, k in enumerate(group)
             if known is None or known[k]
-            else None
-            for k in group
-        ]
+        }
 
-        def draw_back(n: int, picture: Tensor, group: list[int] = group, cells: list[_Cells | None] = cells) -> None:
-            """The group's view n, in its frame [3, H, W], in place; again if it has been."""
-            if (own := cells[n]) is not None:
-                own.draw_back(_own(picture, sizes[group[n]])[None])
+        def draw_back(n: int, frame: Tensor, cells: dict[int, _Cells] = cells) -> None:
+            if n in cells:
+                cells[n].draw_back(frame)
 
-        changed = list(enumerate(pictures))
-        if together is not None:
+        if together is None:
+            beside(lambda view: draw_back(*view), list(enumerate(pictures)), model.device, most // pixels)
+        else:
             with _autocast(model):
                 # Peers, too, are drawn back before they are seen; what none of them changed is then as it shall be.
                 refined = together(
@@ -368,8 +367,8 @@ def reconstruct(
                     call=model.graphs if pixels <= most else PLAIN,
                 )
             pictures, shares = refined.pictures, refined[1:]
-            changed = [(n, picture) for n, picture in enumerate(pictures) if refined.weights[n, n] < 1]
-        beside(lambda view: draw_back(*view), changed, model.device, most // pixels)
+            changed = [(own, pictures[n]) for n, own in cells.items() if refined.weights[n, n] < 1]
+            beside(lambda view: view[0].draw_back_again(view[1]), changed, model.device, most // pixels)
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = _own(picture, sizes[k])
     return Reconstruction(decoded, *shares)
@@ -412,8 +411,9 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
 
 
 class _Cells:
-    """Draws decoded pictures of one view, [1, 3, H, W] in [0, 1], back into the cells of its y_hat, in place.
+    """Draws decoded pictures of one view back into the cells of its y_hat, in place, where they lie in a common frame.
 
+    frame: [3, H, W] in [0, 1], whose top left part the view fills;
     y_hat [1, M, h, w], its quality [1] and basis [1, knots]; most: so many pixels at a time; helped: peers may change
     what was drawn back.
     """
@@ -425,24 +425,34 @@ class _Cells:
         self.most, self.helped = most, helped
         self.elsewhere: Tensor | None = None  # of y - y_hat, what the KLT of the picture does not say
 
-    def draw_back(self, picture: Tensor) -> None:
-        """By the curves of lone views; the second time, once peers have changed it, by the plain curve.
-
-        They change so little that the blocks of g_a hardly answer: y follows by the KLT alone, a hundredth of the work.
-        """
-        net = self.model.net
+    def draw_back(self, frame: Tensor) -> None:
+        """By the curves of lone views."""
+        net, picture = self.model.net, self._picture(frame)
         if net.cells is None or net.cell_synthesis is None:
             return
         with torch.autocast(self.model.device.type, enabled=False):
-            if self.elsewhere is not None:
-                apart = self._klt(picture).add_(self.elsewhere)
-                self._take(net.cells.plain(apart, self.quality), picture)
-                return
             apart = _analysed(self.model, picture, self.basis, self.most).sub_(self.y_hat.float())
             astray = net.cells(apart, self.basis)
             self._take(astray, picture)
             if self.helped:
                 self.elsewhere = apart.sub_(astray).sub_(self._klt(picture))
+
+    def draw_back_again(self, frame: Tensor) -> None:
+        """By the plain curve, once peers have changed what `draw_back` left.
+
+        They change so little that the blocks of g_a hardly answer: y follows by the KLT alone, a hundredth of the work.
+        """
+        if self.elsewhere is None:
+            return
+        net, picture = self.model.net, self._picture(frame)
+        assert net.cells is not None
+        with torch.autocast(self.model.device.type, enabled=False):
+            apart = self._klt(picture).add_(self.elsewhere)
+            self._take(net.cells.plain(apart, self.quality), picture)
+
+    def _picture(self, frame: Tensor) -> Tensor:
+        height, width = self.y_hat.shape[2:]
+        return _own(frame, (height, width))[None]
 
     def _klt(self, picture: Tensor) -> Tensor:
         """In quantiser steps [1, M, h, w]."""

@@ -91,14 +91,14 @@ class KltAnalysis(nn.Module):
         return y
 
 
-def in_full(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def in_full(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer in the precision of its weights under autocast, too; what residual blocks add to its output keeps that.
 
     A latent may be hundreds of steps, and a sample has 256 levels: the eight bits of bfloat16 would round both. For
     one per cent of the transforms' work it gains all that float32 would gain throughout, 0.05 dB at quality 100.
     """
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = layer(x.to(layer.weight.dtype))
+        y: Tensor = layer(x.to(next(layer.parameters()).dtype))
         return y
 
 
@@ -191,7 +191,7 @@ class PaperAnalysis(nn.Module):
         self.layers = _convolutions((3, m, m, m, m), transposed=False, last_is_picture=True)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        return self.layers(x)
+        return in_full(self.layers[-1], self.layers[:-1](x))
 
 
 class PaperSynthesisCoarse(nn.Module):
@@ -214,4 +214,4 @@ class PaperSynthesisFine(nn.Module):
         self.layers = _convolutions((latent_channels, latent_channels, 3), transposed=True, last_is_picture=True)
 
     def forward(self, f: Tensor, quality: Tensor) -> Tensor:
-        return self.layers(f)
+        return in_full(self.layers[-1], self.layers[:-1](f))

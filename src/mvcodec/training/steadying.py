@@ -22,6 +22,7 @@ from mvcodec.nn.alignment import grey_values, sights
 from mvcodec.nn.filters import blur, gradient
 from mvcodec.nn.steady_flow import CELL, SteadyFlow, evidence
 from mvcodec.training.checkpoint import save_tensors
+from mvcodec.training.optimizers import FiniteSteps
 
 TRIES = 300  # pairs of windows, of which about half overlap; half a second of one core each
 OVERLAP = 0.4  # mean consistency of the uncoded views from which a pair is a lesson
@@ -126,13 +127,13 @@ def learn(steady: SteadyFlow, files: list[Path], seed: int, progress: bool) -> N
         return
     optimizer = torch.optim.AdamW(steady.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.02)
-    rng = np.random.default_rng(seed)
+    rng, finite = np.random.default_rng(seed), FiniteSteps()
     for _ in tqdm(range(STEPS), desc="steadying the flow", disable=not progress, leave=False):
         optimizer.zero_grad(set_to_none=True)
         for n in rng.integers(len(files), size=PAIRS):
             across, down, transposed = (bool(x) for x in rng.random(3) < 0.5)
             way = one_way(load_file(files[n]), int(rng.integers(2)), (across, down), transposed)
             (loss(steady, way) / PAIRS).backward()
-        nn.utils.clip_grad_norm_(steady.parameters(), 1.0)
-        optimizer.step()
+        if finite.takes(nn.utils.clip_grad_norm_(steady.parameters(), 1.0).item()):
+            optimizer.step()
         schedule.step()
