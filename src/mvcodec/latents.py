@@ -8,12 +8,12 @@ Everything up to there is exact arithmetic (exact/), the same on every machine. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvcodec import entropy
-from mvcodec.container import Damage, Header, Slice, Stream, integer_check, section_names, sections_of
+from mvcodec.container import FIRST, VERSIONS, Damage, Header, Slice, Stream, integer_check, pass_names, sections_of
 from mvcodec.cores import cores_that_pay
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
@@ -82,10 +82,11 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     return y_hat
 
 
-def slice_checks(model: Model, y_hat: Tensor) -> list[int]:
-    """16-bit checks of the slices of one view [1, M, h, w]."""
-    integers = _sixty_fourths(y_hat)
-    return [integer_check(part.tobytes()) for part in np.split(integers, model.net.config.slices, axis=1)]
+def slice_checks(model: Model, y_hat: Tensor, count: int) -> list[int]:
+    """16-bit checks of the first slices of one view [1, M, h, w], so many; the last is that of all that follow, too."""
+    channels = model.net.config.latent_channels // model.net.config.slices
+    parts = np.split(_sixty_fourths(y_hat), [channels * i for i in range(1, count)], axis=1)
+    return [integer_check(part.tobytes()) for part in parts]
 
 
 def integer_bytes(y_hat: Tensor) -> bytes:
@@ -100,7 +101,7 @@ def _sixty_fourths(y_hat: Tensor) -> NDArray[np.int32]:
 class EncodedLatents(NamedTuple):
     """What the file carries, what the decoder makes of it, and what it costs in theory."""
 
-    hyper: bytes
+    payload: bytes
     slices: tuple[Slice, ...]
     y_hat: Tensor  # [1, M, h, w]
     estimated_bits: float  # -log2 p of its integers under the densities that training minimised; nan if not asked
@@ -109,7 +110,7 @@ class EncodedLatents(NamedTuple):
 def encode_latents(
     model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False, shown: Tensor | None = None
 ) -> EncodedLatents:
-    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections.
+    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> the payload.
 
     shown [1, 1, h, w]: 1 where a latent holds any of the picture (default: all do); the others keep the decoder's
     expectation of them, whose symbols are zero.
@@ -122,7 +123,8 @@ def encode_latents(
     seen = None
     if shown is not None:
         seen = config.coding_order(to_device(shown.double(), y.device))
-    sections: list[Future[bytes]] = []
+    writer, coding = _Writer(model), list[Future[None]]()
+    slice_of = config.slice_of_each_pass()
     estimates = [math.nan]
     if estimate:
         quality = torch.tensor([t], dtype=torch.float64, device=y.device)
@@ -130,7 +132,7 @@ def encode_latents(
 
     with ThreadPoolExecutor(max_workers=1) as coder:  # beside the network, which knows the next values already
         tables = _hyper_index(z_hat.shape, t, config.hyper_bands)
-        hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), tables, model)
+        coding.append(coder.submit(writer.hyper, Fetched(z_hat.short()), tables))
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
@@ -138,31 +140,56 @@ def encode_latents(
             if seen is not None:
                 symbols = symbols * seen[step]
             coming = Fetched(torch.stack((symbols.short(), index.short())))
-            sections.append(coder.submit(_encode_section, coming, model))
+            coding.append(coder.submit(writer.step, slice_of[step], coming))
             if estimate:
                 estimates.append(gaussian_bits(symbols, symbols, ln_sigma).item())
             return symbols + mu
 
         y_hat = walk(model, z_hat, t, code)
-        checks = slice_checks(model, y_hat)
-        first, *done = finish([hyper, *sections])
-    coded = iter(done)
-    slices = tuple(Slice(tuple(islice(coded, config.passes_of(i))), check) for i, check in enumerate(checks))
-    return EncodedLatents(first, slices, y_hat, sum(estimates))
+        finish(coding)
+    payload, coded = writer.finish()
+    slices = tuple(Slice((), check) for check in slice_checks(model, y_hat, coded))
+    return EncodedLatents(payload, slices, y_hat, sum(estimates))
 
 
-def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> bytes:
-    return entropy.encode(coming.wait().ravel(), tables, model.hyper)
+class _Writer:
+    """The payload of a file: z, then slice 0 and all up to the last that holds a symbol other than zero."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.encoder = model, entropy.Encoder()
+        self.coded = 1  # slices to be written
+        self.zeros: list[tuple[int, NDArray[np.int16]]] = []  # passes since: their slices and tables
+
+    def hyper(self, coming: Fetched, tables: NDArray[np.int32]) -> None:
+        self.encoder.put(coming.wait().ravel(), tables, self.model.hyper)
+
+    def step(self, index: int, coming: Fetched) -> None:
+        """The next pass, of slice `index`: symbols and tables."""
+        symbols, tables = coming.wait().reshape(2, -1)
+        if symbols.any():
+            self.coded = index + 1
+            self._put_zeros()
+            self.encoder.put(symbols, tables, self.model.gaussian)
+        else:
+            self.zeros.append((index, tables))
+
+    def finish(self) -> tuple[bytes, int]:
+        """The payload, and how many slices it holds."""
+        self._put_zeros()
+        return self.encoder.seal(), self.coded
+
+    def _put_zeros(self) -> None:
+        """Those of slices that are to be written."""
+        for index, tables in self.zeros:
+            if index < self.coded:
+                self.encoder.put(np.zeros_like(tables), tables, self.model.gaussian)
+        self.zeros.clear()
 
 
-def _encode_section(coming: Fetched, model: Model) -> bytes:
-    symbols, index = coming.wait()
-    return entropy.encode(symbols.ravel(), index.ravel(), model.gaussian)
-
-
-def finish(sections: list[Future[bytes]]) -> list[bytes]:
+def finish(coding: list[Future[None]]) -> None:
     """Wait for what the coder still has to do."""
-    return [section.result() for section in sections]
+    for done in coding:
+        done.result()
 
 
 def decode_latents(model: Model, stream: Stream) -> Tensor:
@@ -174,7 +201,7 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
     (found,) = decode_together(model, [stream])
     if isinstance(found, MvcodecError):
         raise found
-    return found
+    return found[0]
 
 
 def of_one_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
@@ -201,14 +228,17 @@ def same_size(streams: Sequence[Stream], most: int, walks: int = 1) -> list[Walk
     return found
 
 
-def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:
-    """`decode_latents` of views of one size in one walk: of each its y_hat, or what is wrong with it.
+Decoded = tuple[Tensor, Stream] | MvcodecError  # y_hat and the stream that it really stands for, or what is wrong
 
-    A GPU is then as busy with all as with one, and their sections are decoded beside one another, a thread for each
-    view. Each is coded once more, to see that it is the code of its symbols: with a GPU, while the network goes on with
-    them. What one view holds changes no integer of another.
+
+def decode_together(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
+    """`decode_latents` of views of one size in one walk.
+
+    A GPU is then as busy with all as with one, and their symbols are decoded beside one another, a thread for each
+    view. They are coded once more, to see that a file is the code of its symbols: with a GPU, while the network goes on
+    with them. What one view holds changes no integer of another.
     """
-    found: dict[int, Tensor | MvcodecError] = {}
+    found: dict[int, Decoded] = {}
     opened: list[_Opened] = []
     for place, stream in enumerate(streams):
         try:
@@ -221,23 +251,23 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | Mv
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            return mu + to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device)
+            return mu + to_device(decode_symbols(opened, step, Fetched(index.int()).wait(), coders), mu.device)
 
         z_hat = to_device(torch.from_numpy(np.concatenate([view.z_hat for view in opened])), model.device)
         y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)
-        verify_sections(opened)
+        verify_symbols(opened)
     for view, decoded in zip(opened, y_hat.split(1), strict=True):
         found[view.place] = view.verified(decoded)
     return [found[place] for place in range(len(streams))]
 
 
-def decode_sections(opened: Sequence[_Opened], step: int, tables: NDArray[np.int32], coders: Executor) -> Tensor:
+def decode_symbols(opened: Sequence[_Opened], step: int, tables: NDArray[np.int32], coders: Executor) -> Tensor:
     """The symbols of one step of all views [B, C, h, w], from the tables of each: beside one another."""
     run = map if len(opened) == 1 else coders.map
-    return torch.from_numpy(np.stack(list(run(lambda view, table: view.section(step, table, coders), opened, tables))))
+    return torch.from_numpy(np.stack(list(run(lambda view, table: view.symbols(step, table, coders), opened, tables))))
 
 
-def verify_sections(opened: Sequence[_Opened]) -> None:
+def verify_symbols(opened: Sequence[_Opened]) -> None:
     """Wait for what the threads still have to look at."""
     for view in opened:
         view.verify()
@@ -251,37 +281,30 @@ class _Opened:
         config = model.net.config
         shape = (1, config.hyper_channels, *(-(-side // HYPER_STRIDE) for side in _sides(stream.header)))
         tables = _hyper_index(shape, stream.header.quality / 100, config.hyper_bands)
-        self.z_hat = entropy.decode(stream.hyper, tables, model.hyper).reshape(shape)
-        self.passes = [config.passes_of(i) for i in range(config.slices)]
-        found = [len(part.sections) for part in stream.slices]
-        if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
-            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
-        if sections_of(stream.version, 0) != self.passes[0]:
-            raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
-        self.payloads: list[bytes | None] = [section for part in stream.slices for section in part.sections]
-        self.payloads += [None] * (sum(self.passes) - sum(found))
-        self.slice_of = [i for i, passes in enumerate(self.passes) for _ in range(passes)]  # by step
+        self.slice_of = config.slice_of_each_pass()
+        self.source: _Payload | _Sections = (_Payload if stream.version == VERSIONS[-1] else _Sections)(model, stream)
+        self.z_hat = self.source.hyper(tables).reshape(shape)
         self.wrong: _WrongIntegers | None = None
         self.verifying: dict[int, Future[None]] = {}  # by step
 
-    def section(self, step: int, table: NDArray[np.int32], coders: Executor) -> NDArray[np.int32]:
+    def symbols(self, step: int, table: NDArray[np.int32], coders: Executor) -> NDArray[np.int32]:
         """The symbols of a step, shaped as `table`; zeros for what is lost or not to be believed: mu then stands."""
-        payload = self.payloads[step]
-        if payload is None or self.wrong is not None:
+        if self.wrong is not None or not self.source.holds(step):
             return np.zeros_like(table)
         try:
-            symbols, verify = entropy.decode_ahead(payload, table.ravel(), self.model.gaussian)
+            found, verify = self.source.take(step, table.ravel())
             if self.model.device.type in ELSEWHERE:
-                self.verifying[step] = coders.submit(verify)
+                before = self.verifying.get(step - 1)
+                self.verifying[step] = coders.submit(lambda: (before and before.result(), verify())[1])
             else:
                 verify()
         except BitstreamError as error:
             self._distrust(step, error)
             return np.zeros_like(table)
-        return symbols.reshape(table.shape)
+        return found.reshape(table.shape)
 
     def verify(self) -> None:
-        """What the threads made of the sections: the first that is wrong counts, what came after it is as wrong."""
+        """What the threads made of the symbols: the first that is wrong counts, what came after it is as wrong."""
         for step, verified in self.verifying.items():
             try:
                 verified.result()
@@ -290,41 +313,141 @@ class _Opened:
                 break
 
     def _distrust(self, step: int, error: BitstreamError) -> None:
-        # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
+        # What arrived is what was written: the coder went astray because (mu, sigma) differ.
         self.wrong = _WrongIntegers(self.slice_of[step], f"{error}; its parameters differ from the encoder's")
 
-    def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
-        """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
-        checks = slice_checks(self.model, y_hat)
-        whole = len(self.stream.slices) if self.wrong is None else self.wrong.slice
-        for i, (found, part) in enumerate(zip(checks[:whole], self.stream.slices, strict=False)):
-            if len(part.sections) == self.passes[i] and found != part.check:
+    def verified(self, y_hat: Tensor) -> Decoded:
+        """y_hat [1, M, h, w], if the checks of all slices that were decoded are those of the encoder."""
+        parts = self.stream.slices
+        whole = self.source.whole if self.wrong is None else min(self.wrong.slice, self.source.whole)
+        for i, (found, part) in enumerate(
+            zip(slice_checks(self.model, y_hat, self.source.checked)[:whole], parts, strict=False)
+        ):
+            if found != part.check:
                 sentence = f"decoded integers have check {found:#06x}, the encoder's had {part.check:#06x}"
                 return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
-        return self.wrong or y_hat
+        return self.wrong or self.source.wrong() or (y_hat, self.source.stream)
 
 
-def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Tensor, Stream] | MvcodecError]:
-    """`decode_together` for files that may be damaged -> each one's y_hat and the stream that it really stands for.
+class _Payload:
+    """Symbols of a file of version 3: one section, pass after pass."""
 
-    A section's CRC-8 misses one random damage in 256. The check of the decoded integers then finds it, and the file
-    is cut before that slice, as if its CRC had been wrong; `damage` says so. Where already slice 0 fails, the
+    def __init__(self, model: Model, stream: Stream) -> None:
+        self.model, self.stream, config = model, stream, model.net.config
+        if len(stream.slices) > config.slices:
+            raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
+        self.checked = len(stream.slices)
+        self.passes = [config.passes_of(i) for i in range(config.slices)]
+        self.decoder, self.again = entropy.Decoder(stream.first), entropy.Encoder()
+        self.truncated = stream.damage is not None and FIRST[stream.version] in stream.damage.missing
+        self.whole = len(stream.slices) if stream.kept is None else stream.kept  # slices whose integers are to be right
+        self.known = sum(self.passes[: self.whole])  # passes that are to be had
+        self.last = -1  # of them that holds anything
+
+    def hyper(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
+        found, again = self.decoder.take(tables, self.model.hyper)
+        again(self.again)
+        if not self._arrived():
+            raise BitstreamError("truncated inside the hyper-latent")
+        return found
+
+    def holds(self, step: int) -> bool:
+        return step < self.known
+
+    def take(self, step: int, tables: NDArray[np.int32]) -> tuple[NDArray[np.int32], Callable[[], None]]:
+        if self.truncated:
+            return self._take_if_arrived(step, tables), lambda: None
+        found, again = self.decoder.take(tables, self.model.gaussian)
+        if found.any():
+            self.last = step
+        return found, partial(again, self.again)
+
+    def _take_if_arrived(self, step: int, tables: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The same of a truncated file; what did not arrive is zero."""
+        with suppress(BitstreamError):
+            found, again = self.decoder.take(tables, self.model.gaussian)
+            again(self.again)
+            if self._arrived():
+                return found
+        self.known, ends = step, np.cumsum(self.passes)
+        self.whole = int((ends <= step).sum())
+        lost = tuple(chain(*pass_names(self.passes)))[step:]
+        assert self.stream.damage is not None
+        self.stream = replace(self.stream, damage=replace(self.stream.damage, missing=lost))
+        return np.zeros_like(tables)
+
+    def _arrived(self) -> bool:
+        """Whether all that the decoder has looked at is in what there is of the payload."""
+        return not self.truncated or self.again.seen <= len(self.stream.first)
+
+    def wrong(self) -> BitstreamError | None:
+        """What is wrong with the file though all its integers are right."""
+        if self.stream.damage is not None:
+            return None
+        if self.again.seal() != self.stream.first:
+            return BitstreamError("the payload is not the shortest code of its symbols")
+        if self.last < sum(self.passes[: len(self.stream.slices) - 1]) and len(self.stream.slices) > 1:
+            return BitstreamError("the last slice of the file holds nothing")
+        return None
+
+
+class _Sections:
+    """Symbols of a file of version 1 or 2: a section for each pass."""
+
+    def __init__(self, model: Model, stream: Stream) -> None:
+        self.model, self.stream = model, stream
+        config = model.net.config
+        passes = [config.passes_of(i) for i in range(config.slices)]
+        found = [len(part.sections) for part in stream.slices]
+        if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
+            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
+        if sections_of(stream.version, 0) != passes[0]:
+            raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
+        self.checked = config.slices
+        self.sections = [section for part in stream.slices for section in part.sections]
+        self.whole = sum(there == all_ for there, all_ in zip(found, passes, strict=False))
+
+    def hyper(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
+        return entropy.decode(self.stream.first, tables, self.model.hyper)
+
+    def holds(self, step: int) -> bool:
+        return step < len(self.sections)
+
+    def take(self, step: int, tables: NDArray[np.int32]) -> tuple[NDArray[np.int32], Callable[[], None]]:
+        section = self.sections[step]
+        found, again = entropy.Decoder(section).take(tables, self.model.gaussian)
+        return found, partial(entropy.verify, section, again)
+
+    def wrong(self) -> None:
+        """Nothing that `take` would not have found."""
+
+
+def decode_intact(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
+    """`decode_together` for files that may be damaged.
+
+    Of version 3 the checks of the decoded integers tell how far a file is intact; in versions 1 and 2 a section's CRC-8
+    does, and they find the one random damage in 256 that it misses. The file is cut before that slice, and `damage`
+    says so; one that is only truncated is good for all passes that have arrived. Where already slice 0 fails, the
     hyper-latent may be what is damaged: nothing is certain any more, and the file is refused with BitstreamError.
     A file that was read as intact is never cut: its wrong integers are a DesyncError.
     """
-    results: list[tuple[Tensor, Stream] | MvcodecError] = []
+    config = model.net.config
+    names = pass_names([config.passes_of(i) for i in range(config.slices)])
+    results: list[Decoded] = []
     for stream, first in zip(streams, decode_together(model, streams), strict=True):
         kept, found = stream, first
         while isinstance(found, _WrongIntegers) and kept.damage is not None:
             if found.slice == 0:
                 found = BitstreamError(f"hyper-latent or first slice is corrupt ({found})")
                 break
-            names = section_names(kept.version, model.net.config.slices)
-            lost = tuple(name for part in names[found.slice :] for name in part)
+            lost = tuple(chain(*names[found.slice :]))
             damage = Damage(f"wrong integers in slice {found.slice}: corrupt", kept.damage.offset, lost)
-            kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
+            if kept.version == VERSIONS[-1]:
+                kept = replace(kept, kept=found.slice, damage=damage)
+            else:
+                kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
             (found,) = decode_together(model, [kept])
-        results.append(found if isinstance(found, MvcodecError) else (found, kept))
+        results.append(found)
     return results
 
 

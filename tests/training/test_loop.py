@@ -16,13 +16,14 @@ from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.exact.fixed import ACTIVATION_LIMIT
 from mvcodec.images import Image
 from mvcodec.nn.gain import rate_distortion_lambda
+from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.training import optimizers
 from mvcodec.training.checkpoint import save_whole
 from mvcodec.training.config import TrainConfig, learning_rate
 from mvcodec.training.curves import append_rows, columns, draw, draw_if_possible
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import Trainer, train
-from mvcodec.weights import load_model
+from mvcodec.weights import export_model, load_model
 from tests.conftest import smooth_picture
 
 
@@ -58,6 +59,19 @@ def goes_on_as_if_not_stopped(config: TrainConfig, whole: dict[str, torch.Tensor
 
 def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
     goes_on_as_if_not_stopped(config, weights(train(config, progress=False)), tmp_path)
+
+
+def test_a_resumed_run_trains_what_it_trained_before(config, single, tmp_path):
+    """A part that comes with weights which know it, here what steadies the flow, is not trained all at once."""
+    net = Trainer(replace(config, start_from=str(single)), progress=False).model
+    net.refinement.steady = SteadyFlow()
+    export_model(net, tmp_path / "steady.safetensors")
+    run = replace(config, start_from=str(tmp_path / "steady.safetensors"), run_dir=str(tmp_path / "run"))
+    trainer = Trainer(run, progress=False)
+    trainer.save()
+    trained = [{name for name, p in t.model.named_parameters() if p.requires_grad} for t in (trainer, Trainer(run))]
+    assert trained[0] == trained[1]
+    assert "refinement.steady.last.weight" in dict(trainer.model.named_parameters())
 
 
 def test_an_interrupt_waits_for_the_end_of_a_step(config, tmp_path, interrupted):

@@ -99,12 +99,13 @@ class Trainer:
         self.model.to(self.device).to(memory_format=torch.channels_last)
         if quantise:
             count_in_integers(self.model, self.bits["calibration"])
-        else:
-            self._choose_parameters()
+        if state is not None:
+            load_weights(self.model, state["model"], checkpoint)
+        if not quantise:
+            self._choose_parameters()  # of a network that has all its parts: some come with weights that know them
         self.optimizers = optimizers_for(self.model, config.optimizer)
         self.ema = Ema(self.model, config.ema)
         if state is not None:
-            load_weights(self.model, state["model"], checkpoint)
             # Layers younger than the checkpoint keep their start.
             self.ema.shadow |= {k: v.to(self.device) for k, v in state["ema"].items()}
             for name, optimizer in self.optimizers.items():
