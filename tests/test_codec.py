@@ -13,8 +13,9 @@ from mvcodec.codec import decode_set, encode_image, in_frames
 from mvcodec.container import Stream, pack, unpack
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, UsageError
 from mvcodec.images import Image
-from mvcodec.latents import _Writer, decode_intact, decode_latents, encode_latents, snap
+from mvcodec.latents import decode_intact, decode_latents, encode_latents, snap
 from mvcodec.parahydra import ParaHydra, config_for
+from mvcodec.payload import Writer
 from mvcodec.weights import export_model, load_model
 from tests.conftest import smooth_picture
 from tests.golden.make import OLDER, drawn_model
@@ -80,13 +81,13 @@ def test_a_last_slice_that_holds_nothing_is_not_written_and_refused(tiny_model):
     header = dataclasses.replace(unpack(encoded(tiny_model)).header, width=192, height=128, quality=42.0)
     assert torch.equal(decode_latents(tiny_model, Stream(header, latents.payload, latents.slices)), latents.y_hat)
 
-    coded = _Writer.step  # as a writer that takes zeros for something
+    coded = Writer.step  # as a writer that takes zeros for something
 
     def step(self, index, coming):
         coded(self, index, coming)
         self.coded = max(self.coded, min(index + 1, 3))
 
-    with patch.object(_Writer, "step", step):
+    with patch.object(Writer, "step", step):
         wasteful = encode_latents(tiny_model, y, z, 0.42)
     assert len(wasteful.slices) == 3
     with pytest.raises(BitstreamError, match="last slice of the file holds nothing"):

@@ -1,4 +1,4 @@
-"""Between latents and sections: the one walk through the entropy model that encoder and decoder share.
+"""Between latents and symbols: the one walk through the entropy model that encoder and decoder share.
 
 `snap` turns the networks' output into (mu, sigma index), the only numbers the coder sees; mu lies on a grid of 1/64.
 Everything up to there is exact arithmetic (exact/), the same on every machine. Encoder and decoder call the same
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,8 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvcodec import entropy
-from mvcodec.container import FIRST, VERSIONS, Damage, Header, Slice, Stream, integer_check, pass_names, sections_of
+from mvcodec.container import VERSIONS, Damage, Header, Slice, Stream, integer_check, pass_names
 from mvcodec.cores import cores_that_pay
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
@@ -33,6 +32,7 @@ from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import band_of, bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.parahydra import PAD_MULTIPLE
+from mvcodec.payload import Writer, reader_of
 from mvcodec.tiling import USUAL
 from mvcodec.transfers import Fetched, fetched, to_device
 from mvcodec.weights import Model
@@ -123,7 +123,7 @@ def encode_latents(
     seen = None
     if shown is not None:
         seen = config.coding_order(to_device(shown.double(), y.device))
-    writer, coding = _Writer(model), list[Future[None]]()
+    writer, coding = Writer(model), list[Future[None]]()
     slice_of = config.slice_of_each_pass()
     estimates = [math.nan]
     if estimate:
@@ -152,40 +152,6 @@ def encode_latents(
     return EncodedLatents(payload, slices, y_hat, sum(estimates))
 
 
-class _Writer:
-    """The payload of a file: z, then slice 0 and all up to the last that holds a symbol other than zero."""
-
-    def __init__(self, model: Model) -> None:
-        self.model, self.encoder = model, entropy.Encoder()
-        self.coded = 1  # slices to be written
-        self.zeros: list[tuple[int, NDArray[np.int16]]] = []  # passes since: their slices and tables
-
-    def hyper(self, coming: Fetched, tables: NDArray[np.int32]) -> None:
-        self.encoder.put(coming.wait().ravel(), tables, self.model.hyper)
-
-    def step(self, index: int, coming: Fetched) -> None:
-        """The next pass, of slice `index`: symbols and tables."""
-        symbols, tables = coming.wait().reshape(2, -1)
-        if symbols.any():
-            self.coded = index + 1
-            self._put_zeros()
-            self.encoder.put(symbols, tables, self.model.gaussian)
-        else:
-            self.zeros.append((index, tables))
-
-    def finish(self) -> tuple[bytes, int]:
-        """The payload, and how many slices it holds."""
-        self._put_zeros()
-        return self.encoder.seal(), self.coded
-
-    def _put_zeros(self) -> None:
-        """Those of slices that are to be written."""
-        for index, tables in self.zeros:
-            if index < self.coded:
-                self.encoder.put(np.zeros_like(tables), tables, self.model.gaussian)
-        self.zeros.clear()
-
-
 def finish(coding: list[Future[None]]) -> None:
     """Wait for what the coder still has to do."""
     for done in coding:
@@ -193,7 +159,7 @@ def finish(coding: list[Future[None]]) -> None:
 
 
 def decode_latents(model: Model, stream: Stream) -> Tensor:
-    """The sections of one file -> y_hat [1, M, h, w] float64 on the model's device.
+    """The integers of one file: y_hat [1, M, h, w] float64 on the model's device.
 
     Slices that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
     that no encoder writes, DesyncError where the integers are not those that were encoded.
@@ -282,7 +248,7 @@ class _Opened:
         shape = (1, config.hyper_channels, *(-(-side // HYPER_STRIDE) for side in _sides(stream.header)))
         tables = _hyper_index(shape, stream.header.quality / 100, config.hyper_bands)
         self.slice_of = config.slice_of_each_pass()
-        self.source: _Payload | _Sections = (_Payload if stream.version == VERSIONS[-1] else _Sections)(model, stream)
+        self.source = reader_of(model, stream)
         self.z_hat = self.source.hyper(tables).reshape(shape)
         self.wrong: _WrongIntegers | None = None
         self.verifying: dict[int, Future[None]] = {}  # by step
@@ -294,8 +260,7 @@ class _Opened:
         try:
             found, verify = self.source.take(step, table.ravel())
             if self.model.device.type in ELSEWHERE:
-                before = self.verifying.get(step - 1)
-                self.verifying[step] = coders.submit(lambda: (before and before.result(), verify())[1])
+                self.verifying[step] = coders.submit(_in_turn, self.verifying.get(step - 1), verify)
             else:
                 verify()
         except BitstreamError as error:
@@ -329,99 +294,6 @@ class _Opened:
         return self.wrong or self.source.wrong() or (y_hat, self.source.stream)
 
 
-class _Payload:
-    """Symbols of a file of version 3: one section, pass after pass."""
-
-    def __init__(self, model: Model, stream: Stream) -> None:
-        self.model, self.stream, config = model, stream, model.net.config
-        if len(stream.slices) > config.slices:
-            raise BitstreamError(f"file has {len(stream.slices)} slices where the model has {config.slices}")
-        self.checked = len(stream.slices)
-        self.passes = [config.passes_of(i) for i in range(config.slices)]
-        self.decoder, self.again = entropy.Decoder(stream.first), entropy.Encoder()
-        self.truncated = stream.damage is not None and FIRST[stream.version] in stream.damage.missing
-        self.whole = len(stream.slices) if stream.kept is None else stream.kept  # slices whose integers are to be right
-        self.known = sum(self.passes[: self.whole])  # passes that are to be had
-        self.last = -1  # of them that holds anything
-
-    def hyper(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
-        found, again = self.decoder.take(tables, self.model.hyper)
-        again(self.again)
-        if not self._arrived():
-            raise BitstreamError("truncated inside the hyper-latent")
-        return found
-
-    def holds(self, step: int) -> bool:
-        return step < self.known
-
-    def take(self, step: int, tables: NDArray[np.int32]) -> tuple[NDArray[np.int32], Callable[[], None]]:
-        if self.truncated:
-            return self._take_if_arrived(step, tables), lambda: None
-        found, again = self.decoder.take(tables, self.model.gaussian)
-        if found.any():
-            self.last = step
-        return found, partial(again, self.again)
-
-    def _take_if_arrived(self, step: int, tables: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The same of a truncated file; what did not arrive is zero."""
-        with suppress(BitstreamError):
-            found, again = self.decoder.take(tables, self.model.gaussian)
-            again(self.again)
-            if self._arrived():
-                return found
-        self.known, ends = step, np.cumsum(self.passes)
-        self.whole = int((ends <= step).sum())
-        lost = tuple(chain(*pass_names(self.passes)))[step:]
-        assert self.stream.damage is not None
-        self.stream = replace(self.stream, damage=replace(self.stream.damage, missing=lost))
-        return np.zeros_like(tables)
-
-    def _arrived(self) -> bool:
-        """Whether all that the decoder has looked at is in what there is of the payload."""
-        return not self.truncated or self.again.seen <= len(self.stream.first)
-
-    def wrong(self) -> BitstreamError | None:
-        """What is wrong with the file though all its integers are right."""
-        if self.stream.damage is not None:
-            return None
-        if self.again.seal() != self.stream.first:
-            return BitstreamError("the payload is not the shortest code of its symbols")
-        if self.last < sum(self.passes[: len(self.stream.slices) - 1]) and len(self.stream.slices) > 1:
-            return BitstreamError("the last slice of the file holds nothing")
-        return None
-
-
-class _Sections:
-    """Symbols of a file of version 1 or 2: a section for each pass."""
-
-    def __init__(self, model: Model, stream: Stream) -> None:
-        self.model, self.stream = model, stream
-        config = model.net.config
-        passes = [config.passes_of(i) for i in range(config.slices)]
-        found = [len(part.sections) for part in stream.slices]
-        if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
-            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
-        if sections_of(stream.version, 0) != passes[0]:
-            raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
-        self.checked = config.slices
-        self.sections = [section for part in stream.slices for section in part.sections]
-        self.whole = sum(there == all_ for there, all_ in zip(found, passes, strict=False))
-
-    def hyper(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
-        return entropy.decode(self.stream.first, tables, self.model.hyper)
-
-    def holds(self, step: int) -> bool:
-        return step < len(self.sections)
-
-    def take(self, step: int, tables: NDArray[np.int32]) -> tuple[NDArray[np.int32], Callable[[], None]]:
-        section = self.sections[step]
-        found, again = entropy.Decoder(section).take(tables, self.model.gaussian)
-        return found, partial(entropy.verify, section, again)
-
-    def wrong(self) -> None:
-        """Nothing that `take` would not have found."""
-
-
 def decode_intact(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
     """`decode_together` for files that may be damaged.
 
@@ -449,6 +321,13 @@ def decode_intact(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
             (found,) = decode_together(model, [kept])
         results.append(found)
     return results
+
+
+def _in_turn(before: Future[None] | None, verify: Callable[[], None]) -> None:
+    """Passes are coded one after another, whichever thread has time for the next."""
+    if before is not None:
+        before.result()
+    verify()
 
 
 class _WrongIntegers(DesyncError):
