@@ -170,19 +170,18 @@ def pretended(options: argparse.Namespace) -> Iterator[None]:
 
 
 def coder(options: argparse.Namespace) -> Iterator[Record]:
-    """One view's payload: what the network waits for, what is verified beside it, and what threads gain for two."""
+    """One view's sections: what the network waits for, what is verified beside it, and what threads gain for two."""
     model = options.load("fast")
     file = codec.encode_image(model, view(*options.cases[0][:2]), QUALITY)
-    payload, passes = unpack(file).first, list[tuple[Any, ...]]()
-    take = entropy.Decoder.take
-    with patch.object(entropy.Decoder, "take", lambda coder, *given: passes.append(given) or take(coder, *given)):
+    sections: list[tuple[Any, ...]] = []
+    decode = entropy.decode_ahead
+    with patch.object(entropy, "decode_ahead", lambda *given: sections.append(given) or decode(*given)):
         codec.decode_set(model, [file])
+    verifying = [decode(*given)[1] for given in sections]
 
-    def once(_: int = 0) -> list[entropy.Again]:
-        decoder = entropy.Decoder(payload)
-        return [decoder.take(*given)[1] for given in passes]
-
-    verifying = once()
+    def once(_: int = 0) -> None:
+        for given in sections:
+            decode(*given)
 
     def several(threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
@@ -191,7 +190,7 @@ def coder(options: argparse.Namespace) -> Iterator[Record]:
     host = torch.device("cpu")
     for what, work in (
         ("symbols", once),
-        ("verifying", lambda: entropy.verify(payload, *verifying)),
+        ("verifying", lambda: [verify() for verify in verifying]),
         ("two views in one thread", lambda: several(1)),
         ("two views in two threads", lambda: several(2)),
     ):

@@ -67,12 +67,8 @@ class RangeDecoder:
 
 
 def decode_section(section: bytes, table_index: list[int], tables: list[Table], skip_first: bool) -> list[int]:
-    """A section of one pass."""
-    return decode_pass(RangeDecoder(section), table_index, tables, skip_first)
-
-
-def decode_pass(decoder: RangeDecoder, table_index: list[int], tables: list[Table], skip_first: bool) -> list[int]:
     """Sections 6.1 and 6.3."""
+    decoder = RangeDecoder(section)
     symbols = [0] * len(table_index)
     escapes = []
     for t, table in enumerate(tables):
@@ -142,7 +138,7 @@ def read_file(data: bytes) -> File:
     c = Cursor(data)
     assert c.take(8) == bytes.fromhex("89 50 48 56 0D 0A 1A 0A")
     version = c.uint(1)
-    assert version in (1, 2, 3)
+    assert version in (1, 2)
     header_end = c.varint() + c.at
     assert crc16(data[:header_end]) == int.from_bytes(data[header_end : header_end + 2], "big")
     meta: dict[str, object] = {"model_id": c.take(8), "profile": c.uint(1), "quality": c.uint(2)}
@@ -155,21 +151,21 @@ def read_file(data: bytes) -> File:
     meta["icc"] = c.take(c.varint()) if flags & 16 else b""
     meta["exif"] = c.take(c.varint()) if flags & 32 else b""
 
-    def section() -> tuple[int, int | None]:
+    def section() -> tuple[int, int]:
         size = c.varint()
-        return size, None if version == 3 else c.uint(1) if version == 1 or size > 0 else 0
+        return size, c.uint(1) if version == 1 or size > 0 else 0
 
     sizes = [section()]
     checks = []
     for i in range(c.uint(1)):
-        sizes += [section() for _ in range(0 if version == 3 else 4 if version == 2 and i == 0 else 2)]
+        sizes += [section() for _ in range(4 if version == 2 and i == 0 else 2)]
         checks.append(c.uint(2))
     assert c.at == header_end
     c.take(2)
     sections = []
     for size, check in sizes:
         sections.append(c.take(size))
-        assert check in (None, crc8(sections[-1]))
+        assert crc8(sections[-1]) == check
     assert zlib.crc32(data[: c.at]) == c.uint(4)
     return File(version, meta, sections, checks, c.at)
 
@@ -184,9 +180,9 @@ def checkerboard(grid: Places) -> tuple[Places, Places]:
     return anchors, others
 
 
-def passes(count: int, height: int, width: int) -> list[Places]:
-    """Section 7.2: where in a channel [height, width] of a slice of so many passes the symbols of each stand."""
+def passes(version: int, slice_index: int, height: int, width: int) -> list[Places]:
+    """Section 7.2: where in a channel [height, width] of a slice the symbols of each pass stand."""
     anchors, others = checkerboard([[(r, c) for c in range(width)] for r in range(height)])
-    if count == 2:
+    if version == 1 or slice_index > 0:
         return [anchors, others]
     return [*checkerboard(anchors[0::2]), anchors[1::2], others]

@@ -22,13 +22,11 @@ from mvcodec import container
 from mvcodec.checksums import crc16
 from mvcodec.container import (
     VERSIONS,
-    Damage,
     Header,
     Slice,
     Stream,
     describe,
     pack,
-    pass_names,
     section_names,
     sections_of,
     split,
@@ -70,7 +68,7 @@ def coded(header: Header = FULL, n_slices: int = 3, symbols: int = 150, version:
         Slice(tuple(section() for _ in range(sections_of(version, i))), int(r.integers(1 << 16)))
         for i in range(n_slices)
     )
-    return Stream(header, section(), slices, version=version)
+    return Stream(header, section(), slices)
 
 
 @cache
@@ -85,9 +83,7 @@ def sparse() -> Stream:
     return replace(coded(version=2), slices=slices)
 
 
-kinds = pytest.mark.parametrize(
-    "stream", [coded(), coded(version=2), sparse(), coded(version=3)], ids=["1", "2", "sparse", "3"]
-)
+kinds = pytest.mark.parametrize("stream", [coded(), coded(version=2), sparse()], ids=["1", "2", "sparse"])
 
 
 def with_header(body: bytes, payload: bytes = b"", version: int = 1) -> bytes:
@@ -105,7 +101,6 @@ def with_header(body: bytes, payload: bytes = b"", version: int = 1) -> bytes:
 META = b"12345678" + b"\1" + b"\x0e\xa6" + b"\0" + b"\x40\x40" + b"\2C1"  # fast, 37.5, 64 x 64, "C1"
 EMPTY = b"\0\0" + b"\1" + b"\0\0" + b"\0\0" + b"\xff\xff"  # empty hyper, one slice of empty sections
 EMPTY_2 = b"\0" + b"\1" + b"\0" * 4 + b"\xff\xff"  # the same in version 2
-EMPTY_3 = b"\0" + b"\1" + b"\xff\xff"  # an empty payload, the check of one slice
 
 
 # --- what is written is read -----------------------------------------------------------------------------
@@ -145,20 +140,18 @@ def slices_of(passes: int) -> st.SearchStrategy[Slice]:
     return st.builds(Slice, sections=st.tuples(*[content] * passes), check=checks)
 
 
-def of_version(version: int) -> st.SearchStrategy[tuple[int, list[Slice]]]:
-    first, other = (slices_of(sections_of(version, i)) for i in (0, 1))
-    return st.tuples(st.just(version), st.builds(lambda a, b: [a, *b], first, st.lists(other, max_size=31)))
+first_slices = st.sampled_from([2, 4]).flatmap(slices_of)
 
 
-@given(headers, content, st.sampled_from(VERSIONS).flatmap(of_version))
-def test_every_legal_stream_survives(header: Header, hyper: bytes, content: tuple[int, list[Slice]]) -> None:
-    version, parts = content
-    stream = Stream(header, hyper, tuple(parts), version=version)
+@given(headers, content, first_slices, st.lists(slices_of(2), max_size=31))
+def test_every_legal_stream_survives(header: Header, hyper: bytes, first: Slice, others: list[Slice]) -> None:
+    parts = [first, *others]
+    stream = Stream(header, hyper, tuple(parts))
     data = pack(stream)
     assert unpack(data) == stream
     assert list(split(data + data)) == [data, data]
     read = spec_reader.read_file(data)
-    assert read.version == version
+    assert read.version == stream.version == (1 if len(first.sections) == 2 else 2)
     assert read.size == len(data)
     assert read.sections == [hyper, *(section for part in parts for section in part.sections)]
     assert read.checks == [part.check for part in parts]
@@ -180,7 +173,7 @@ SMALL = Header(b"12345678", "fast", 37.5, 640, 480, camera_id="C1", frame=300)
 
 
 def test_exact_bytes_of_version_1() -> None:
-    stream = Stream(SMALL, b"hyper", (Slice((b"anchor", b""), 0xBEEF), Slice((b"", b"non-anchor"), 1)), version=1)
+    stream = Stream(SMALL, b"hyper", (Slice((b"anchor", b""), 0xBEEF), Slice((b"", b"non-anchor"), 1)))
     golden = (
         "895048560d0a1a0a 01 24"
         "3132333435363738 01 0ea6 04 8005 e003 02 4331 ac02"
@@ -194,7 +187,7 @@ def test_exact_bytes_of_version_1() -> None:
 
 def test_exact_bytes_of_version_2() -> None:
     first = Slice((b"anchor 0", b"", b"anchor 2", b"non-anchor"), 0xBEEF)
-    stream = Stream(SMALL, b"hyper", (first, Slice((b"", b"last"), 1)), version=2)
+    stream = Stream(SMALL, b"hyper", (first, Slice((b"", b"last"), 1)))
     golden = (
         "895048560d0a1a0a 02 26"
         "3132333435363738 01 0ea6 04 8005 e003 02 4331 ac02"
@@ -207,24 +200,10 @@ def test_exact_bytes_of_version_2() -> None:
     assert unpack(bytes.fromhex(golden)) == stream
 
 
-def test_exact_bytes_of_version_3() -> None:
-    stream = Stream(SMALL, b"payload", (Slice((), 0xBEEF), Slice((), 1)))
-    golden = (
-        "895048560d0a1a0a 03 1b"
-        "3132333435363738 01 0ea6 04 8005 e003 02 4331 ac02"
-        "07 02 beef 0001"
-        "4955"
-        "7061796c6f6164"
-        "443b4283"
-    )
-    assert pack(stream).hex() == golden.replace(" ", "")
-    assert unpack(bytes.fromhex(golden)) == stream
-
-
 def test_a_file_of_version_2_spends_nothing_on_checks_of_empty_sections() -> None:
     data = with_header(META + EMPTY_2, version=2)
     stream = unpack(data)
-    assert (stream.first, stream.slices) == (b"", (Slice((b"",) * 4, 0xFFFF),))
+    assert (stream.hyper, stream.slices) == (b"", (Slice((b"",) * 4, 0xFFFF),))
     assert pack(stream) == data
 
 
@@ -240,18 +219,15 @@ def test_section_names() -> None:
     assert section_names(1, 3) == others
     assert section_names(2, 3) == [first, *others[1:]]
     assert section_names(2, 0) == []
-    assert section_names(3, 3) == [[], [], []]
-    assert pass_names([4, 2, 2]) == [first, *others[1:]]
-    assert [sections_of(v, i) for v in VERSIONS for i in range(3)] == [2, 2, 2, 4, 2, 2, 0, 0, 0]
+    assert [sections_of(v, i) for v in VERSIONS for i in range(3)] == [2, 2, 2, 4, 2, 2]
 
 
 def test_overhead_of_a_plain_picture() -> None:
-    for version, overhead in ((1, 105), (2, 111), (3, 56)):
+    for version, overhead in ((1, 105), (2, 111)):
         stream = coded(PLAIN, 8, 8000, version)
         data = pack(stream)
-        sections = [stream.first, *(section for part in stream.slices for section in part.sections)]
-        payload = sum(map(len, sections))
-        assert all(len(section) >= 128 for section in sections), "lengths take two bytes"
+        payload = len(stream.hyper) + sum(len(section) for part in stream.slices for section in part.sections)
+        assert all(len(part.sections[0]) >= 128 for part in stream.slices), "lengths take two bytes"
         assert len(data) - payload == overhead
         timed = replace(PLAIN, frame=12, timestamp_us=1763673600000000)
         assert len(pack(replace(stream, header=timed))) - payload == overhead + 9
@@ -276,7 +252,7 @@ def test_description_of_version_2_names_its_sections() -> None:
     assert (fields["version"], fields["slices"]) == (2, 3)
     assert [s["name"] for s in fields["sections"]] == ["hyper", *chain(*section_names(2, 3))]
     sizes = [len(section) for part in sparse().slices for section in part.sections]
-    assert [s["bytes"] for s in fields["sections"]] == [len(sparse().first), *sizes]
+    assert [s["bytes"] for s in fields["sections"]] == [len(sparse().hyper), *sizes]
 
 
 def test_description_needs_only_the_header() -> None:
@@ -333,21 +309,20 @@ def test_a_stream_that_no_file_holds_is_not_written() -> None:
     for bad in (replace(stream, slices=()), replace(stream, slices=stream.slices * 17), lost):
         with pytest.raises(UsageError):
             pack(bad)
-    for version in (0, 4):
+    for version in (0, 3):
         with pytest.raises(UsageError, match=f"no format version {version}"):
             pack(replace(stream, version=version))
-    for whole, twice in (four, (four.slices[0], *four.slices)), (stream, (*stream.slices, four.slices[0])):
+    for twice in (four.slices[0], *four.slices), (*stream.slices, four.slices[0]):
         with pytest.raises(UsageError, match=r"slice [12] has 4 sections, but 2 in format version [12]"):
-            pack(replace(whole, slices=twice))
+            pack(replace(stream, slices=twice))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 def test_a_first_slice_that_no_version_has_is_not_written(count: int) -> None:
     first, second = coded(PLAIN, 2).slices
-    for version, wanted in ((1, 2), (2, 4), (3, 0)):
-        odd = Stream(PLAIN, b"hyper", (replace(first, sections=(b"x",) * count), second), version=version)
-        with pytest.raises(UsageError, match=rf"slice . has . sections, but {wanted if count != wanted else 0} in"):
-            pack(odd)
+    odd = Stream(PLAIN, b"hyper", (replace(first, sections=(b"x",) * count), second))
+    with pytest.raises(UsageError, match=rf"slice 0 has {count} sections, but {2 if count < 2 else 4} in"):
+        pack(odd)
 
 
 def test_a_damaged_file_of_version_2_is_not_written_as_one_of_version_1() -> None:
@@ -365,14 +340,8 @@ def test_a_damaged_file_of_version_2_is_not_written_as_one_of_version_1() -> Non
 def assert_leading_run(part: Stream, whole: Stream) -> None:
     assert part.damage is not None
     assert part.header == whole.header
+    assert part.hyper == whole.hyper
     assert part.version == whole.version
-    if whole.version == 3:
-        assert part.slices == whole.slices
-        if len(part.first) < len(whole.first):
-            assert part.damage.missing == ("payload",)
-            assert whole.first.startswith(part.first)
-        return
-    assert part.first == whole.first
     names = ["hyper", *chain(*section_names(whole.version, len(whole.slices)))]
     delivered = 1 + sum(len(s.sections) for s in part.slices)
     assert part.damage.missing == tuple(names[delivered:])
@@ -386,7 +355,7 @@ def assert_leading_run(part: Stream, whole: Stream) -> None:
 def test_every_truncation(stream: Stream) -> None:
     data = pack(stream)
     sections = describe(data)["sections"]
-    hyper_end = sections[1]["offset"] if stream.version < 3 else sections[0]["offset"] + 1
+    hyper_end = sections[1]["offset"]
     delivered = []
     for length in range(len(data)):
         with pytest.raises(BitstreamError):
@@ -399,9 +368,9 @@ def test_every_truncation(stream: Stream) -> None:
         assert_leading_run(part, stream)
         assert part.damage is not None
         assert part.damage.offset == length
-        delivered.append(len(part.first) + sum(len(s.sections) for s in part.slices))
+        delivered.append(sum(len(s.sections) for s in part.slices))
     assert delivered == sorted(delivered)
-    everything = len(stream.first) + sum(len(s.sections) for s in stream.slices)
+    everything = sum(len(s.sections) for s in stream.slices)
     assert delivered[-1] == everything, "every byte but the file CRC is there: all sections are delivered"
 
 
@@ -417,16 +386,14 @@ def test_every_flip(stream: Stream) -> None:
             with pytest.raises(BitstreamError) as caught:
                 unpack(changed)
             assert caught.value.offset is not None
-            if where < (2 if stream.version < 3 else 1):
+            if where < 2:
                 with pytest.raises(BitstreamError):
                     unpack(changed, partial=True)
                 continue
             part = unpack(changed, partial=True)
             assert_leading_run(part, stream)
             assert part.damage is not None
-            if stream.version == 3:  # decoding tells what is wrong
-                assert part.damage == Damage("file CRC mismatch", len(data) - 4, ())
-            elif at < len(data) - 4:
+            if at < len(data) - 4:
                 assert part.damage.missing[0] == filled[where - 1]["name"]
                 assert part.damage.offset == filled[where - 1]["offset"]
             else:
@@ -464,7 +431,7 @@ def test_trailing_bytes_are_refused_also_when_partial() -> None:
         (lambda d: d.replace(b"\r\n", b"\n"), "binary"),
         (lambda d: d.replace(b"\n", b"\r\n"), "binary"),
         (lambda d: bytes(b & 127 for b in d), "binary"),
-        (lambda d: d[:8] + b"\4" + d[9:], "format version 4, but this mvcodec reads versions 1, 2 and 3"),
+        (lambda d: d[:8] + b"\3" + d[9:], "format version 3, but this mvcodec reads versions 1 and 2"),
         (lambda d: d[:8] + b"\0" + d[9:], "format version 0"),
         (lambda d: d[:8] + b"\2" + d[9:], "header CRC"),
         (lambda d: d[:30], "inside the header"),
@@ -480,10 +447,7 @@ def test_common_accidents_are_named(change: Any, message: str) -> None:
 
 
 def test_concatenated_files_are_cut_apart() -> None:
-    streams = (
-        *(coded(), coded(version=2), coded(PLAIN, 8), sparse(), coded(version=3)),
-        *(coded(PLAIN, 1, 0, version) for version in VERSIONS),
-    )
+    streams = coded(), coded(version=2), coded(PLAIN, 8), sparse(), coded(PLAIN, 1, 0), coded(PLAIN, 1, 0, 2)
     files = [pack(s) for s in streams]
     assert list(split(b"".join(files))) == files
     assert list(split(b"")) == []
@@ -516,7 +480,7 @@ def test_rubbish_between_files_is_refused_with_its_place() -> None:
 
 
 def test_the_frame_of_the_following_tests_is_legal() -> None:
-    for version, table in ((1, EMPTY), (2, EMPTY_2), (3, EMPTY_3)):
+    for version, table in ((1, EMPTY), (2, EMPTY_2)):
         assert unpack(with_header(META + table, version=version)).header.camera_id == "C1"
 
 
@@ -572,23 +536,6 @@ def test_illegal_tables_of_version_2_are_refused(table: bytes, message: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (EMPTY_3 + b"\0", "no meaning"),
-        (EMPTY_3[:-1], "ends too early"),
-        (EMPTY_3[:1] + b"\0", "slices"),
-        (EMPTY_3[:1] + b"\x21" + b"\xff\xff" * 33, "slices"),
-        (b"\x80\0" + EMPTY_3[1:], "shortest"),
-        (b"\xff\xff\xff\xff\1" + EMPTY_3[1:], "above 268435455"),
-        (EMPTY_2, "no meaning"),
-    ],
-)
-def test_illegal_tables_of_version_3_are_refused(table: bytes, message: str) -> None:
-    with pytest.raises(BitstreamError, match=message):
-        unpack(with_header(META + table, version=3))
-
-
-@pytest.mark.parametrize(
     "data",
     [
         container.SIGNATURE + b"\1" + b"\xff\xff\xff\1",  # header of 4 MB
@@ -609,18 +556,7 @@ def test_sizes_are_not_believed(data: bytes) -> None:
     assert peak < 1_000_000
 
 
-def test_a_payload_of_256_megabytes_is_what_there_is_of_it() -> None:
-    data = with_header(META + b"\xff\xff\xff\x7f" + EMPTY_3[1:], b"abc", version=3)
-    tracemalloc.start()
-    part = unpack(data, partial=True)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert part.damage is not None
-    assert (part.first[:3], len(part.first), part.damage.missing) == (b"abc", 7, ("payload",))  # the file's CRC with it
-    assert peak < 1_000_000
-
-
-@given(st.sampled_from([(1, EMPTY), (2, EMPTY_2), (3, EMPTY_3)]), st.binary(max_size=120), st.binary(max_size=40))
+@given(st.sampled_from([(1, EMPTY), (2, EMPTY_2)]), st.binary(max_size=120), st.binary(max_size=40))
 def test_any_header_is_read_or_refused(kind: tuple[int, bytes], body: bytes, payload: bytes) -> None:
     version, table = kind
     for data in (

@@ -139,7 +139,7 @@ def encode_view(
         icc=image.icc,
         exif=image.exif,
     )
-    data = pack(Stream(header, latents.payload, latents.slices))
+    data = pack(Stream(header, latents.hyper, latents.slices))
     return EncodedView(data, latents.y_hat, latents.estimated_bits)
 
 
@@ -196,7 +196,7 @@ def decode_set(
         key=lambda s: (
             s.header.camera_id,
             s.header.frame or 0,
-            s.first,
+            s.hyper,
             s.slices[0].sections if s.slices else (),
         )
     )

@@ -2,11 +2,10 @@
 
     signature 8 | version 1 | header_size | header | header_crc 2 | payload | file_crc 4
 
-    header  = metadata | size of the payload | checks of the slices
-    payload = one entropy-coded section: hyper-latent, passes of slice 0, of slice 1, ...
+    header  = metadata | sizes and checks of all sections
+    payload = hyper | slice 0 anchor | slice 0 non-anchor | slice 1 anchor | ...
 
-So it is since version 3, the one that is written. In versions 1 and 2, which are read, each pass is a section of its
-own, with its size and CRC-8 in the header; version 2 spends none on empty sections and codes slice 0 in four passes.
+Version 2 codes slice 0 in four passes (anchor 0, anchor 1, anchor 2, non-anchor) and spends no CRC on empty sections.
 All sizes stand in the header, so a file is cut out of a concatenation, listed or found truncated without any
 decoding. Imports neither torch nor numpy: `mvcodec info` is instant.
 """
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,7 +26,7 @@ from mvcodec.errors import BitstreamError, UsageError
 from mvcodec.files import Input, contents
 
 SIGNATURE = b"\x89PHV\r\n\x1a\n"  # as PNG's: not text, and any newline conversion or 7-bit channel breaks it
-VERSIONS = (1, 2, 3)  # all frozen; the last is written
+VERSIONS = (1, 2)  # both frozen
 PROFILES = ("paper", "fast", "tiny")
 
 MAX_SIDE = 65535
@@ -40,24 +39,22 @@ MAX_SLICES = 32
 MAX_SECTION = (1 << 28) - 1  # four length bytes
 MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
 
-_PASSES = {2: ("anchor", "non-anchor"), 4: ("anchor 0", "anchor 1", "anchor 2", "non-anchor")}  # of a slice
-_SECTIONS = {1: (2, 2), 2: (4, 2), 3: (0, 0)}  # of slice 0 and of every other one, by version
-FIRST = {1: "hyper", 2: "hyper", 3: "payload"}  # the section before those of the slices
+_PASSES = ("anchor", "non-anchor")
+_FIRST_PASSES = {1: _PASSES, 2: ("anchor 0", "anchor 1", "anchor 2", "non-anchor")}  # of slice 0, by version
 
 
 def sections_of(version: int, slice_index: int) -> int:
-    """How many sections of its own a slice has: in versions 1 and 2 one for each of its passes."""
-    return _SECTIONS[version][slice_index > 0]
+    """How many sections a slice has: one for each of its passes."""
+    return len(_passes(version, slice_index))
 
 
 def section_names(version: int, slices: int) -> list[list[str]]:
-    """The names of the sections of each slice, in coding order; `FIRST` comes before them."""
-    return pass_names([sections_of(version, i) for i in range(slices)])
+    """The names of the sections of each slice, in coding order; the hyper-latent's is "hyper"."""
+    return [[f"slice {i} {name}" for name in _passes(version, i)] for i in range(slices)]
 
 
-def pass_names(counts: Sequence[int]) -> list[list[str]]:
-    """The names of the passes of each slice, in coding order, by their number."""
-    return [[f"slice {i} {name}" for name in _PASSES.get(count, ())] for i, count in enumerate(counts)]
+def _passes(version: int, slice_index: int) -> tuple[str, ...]:
+    return _FIRST_PASSES[version] if slice_index == 0 else _PASSES
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Slice:
-    """One latent slice: its sections and the 16-bit check of its decoded integers (`integer_check`).
-
-    In version 3 the last one is that of all slices from there on, which hold nothing.
-    """
+    """One latent slice: its sections and the 16-bit check of its decoded integers (`integer_check`)."""
 
     sections: tuple[bytes, ...]  # in coding order; in the last slice of a damaged file a leading run of them
     check: int
@@ -108,16 +102,18 @@ class Damage:
 class Stream:
     """The content of one file; `damage` is set only where partial=True was asked and something was lost.
 
-    first: the section of the hyper-latent, in version 3 the whole payload; of a truncated one what has arrived.
-    kept: of a damaged file of version 3, how many slices are to be believed, once decoding has told.
+    `version` follows from slice 0 where that has more sections than version 1 knows; `unpack` sets it for all others.
     """
 
     header: Header
-    first: bytes
+    hyper: bytes
     slices: tuple[Slice, ...]
     damage: Damage | None = None
-    version: int = VERSIONS[-1]
-    kept: int | None = None
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.version == 1 and self.slices and len(self.slices[0].sections) > sections_of(1, 0):
+            object.__setattr__(self, "version", 2)
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class _Section:
     name: str
     start: int
     stop: int
-    crc: int | None  # None: it has none
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ class _Layout:
 
     version: int
     header: Header
-    sections: tuple[_Section, ...]  # `FIRST`, then those of all slices
+    sections: tuple[_Section, ...]  # hyper, then those of all slices
     checks: tuple[int, ...]
     size: int
 
@@ -241,7 +237,6 @@ METADATA = c.Struct(
 SECTION = {
     1: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Byte),
     2: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.IfThenElse(c.this.size > 0, c.Byte, c.Computed(0))),
-    3: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Computed(None)),  # the slices' checks find what is damaged
 }
 
 
@@ -252,7 +247,7 @@ def _slice(version: int) -> Any:
 
 SECTIONS = {
     version: c.Struct(
-        "first" / SECTION[version],
+        "hyper" / SECTION[version],
         "slices" / c.PrefixedArray(
             _Checked(c.Byte, f"a file must have 1 to {MAX_SLICES} slices", lambda v: 1 <= v <= MAX_SLICES),
             _slice(version),
@@ -263,7 +258,7 @@ SECTIONS = {
 
 
 def pack(stream: Stream) -> bytes:
-    """The file of a complete stream.
+    """The file of a complete stream, of the version that the number of sections of slice 0 asks for.
 
     Raises UsageError for a stream that is damaged or breaks a cap.
     """
@@ -275,10 +270,9 @@ def pack(stream: Stream) -> bytes:
         found, wanted = len(part.sections), sections_of(stream.version, i)
         if found != wanted:
             raise UsageError(f"slice {i} has {found} sections, but {wanted} in format version {stream.version}")
-    payload = [stream.first, *chain(*(part.sections for part in stream.slices))]
+    payload = [stream.hyper, *chain(*(part.sections for part in stream.slices))]
     rows = [{"sections": [_seal(section) for section in part.sections], "check": part.check} for part in stream.slices]
-    first = {"size": len(stream.first)} if stream.version == 3 else _seal(stream.first)
-    table = SECTIONS[stream.version].build({"first": first, "slices": rows})
+    table = SECTIONS[stream.version].build({"hyper": _seal(stream.hyper), "slices": rows})
     header = _metadata_bytes(stream.header) + table
     start = PREFIX.build({"signature": SIGNATURE, "version": stream.version, "header_size": len(header)}) + header
     body = b"".join([start, crc16(start).to_bytes(2, "big"), *payload])
@@ -289,8 +283,7 @@ def unpack(data: bytes, *, partial: bool = False) -> Stream:
     """Read exactly one file: nothing may be wrong, nothing may follow.
 
     partial: of a truncated or damaged file return the leading run of intact sections, and say so in `damage`;
-    the last slice may then come without its last sections. Header and hyper-latent must be intact. Of version 3 what
-    there is of the payload, which may be wrong anywhere: decoding tells (`latents.decode_intact`).
+    the last slice may then come without its last sections. Header and hyper-latent must be intact.
     Raises BitstreamError, with the byte offset.
     """
     layout = _layout(data)
@@ -299,14 +292,14 @@ def unpack(data: bytes, *, partial: bool = False) -> Stream:
     intact, damage = _intact(data, layout)
     if damage and not (partial and intact):
         raise BitstreamError(damage.reason, damage.offset)
-    first, *rest = intact
+    hyper, *rest = intact
     slices = []
     for i, check in enumerate(layout.checks):
         count = sections_of(layout.version, i)
         sections, rest = tuple(rest[:count]), rest[count:]
-        if sections or not count:
+        if sections:
             slices.append(Slice(sections, check))
-    return Stream(layout.header, first, tuple(slices), damage, layout.version)
+    return Stream(layout.header, hyper, tuple(slices), damage, layout.version)
 
 
 def unpack_header(data: bytes) -> Header:
@@ -381,7 +374,7 @@ def _layout(data: bytes | memoryview) -> _Layout:
     head = bytes(data[:16])
     _check_signature(head)
     if len(head) > 8 and head[8] not in VERSIONS:
-        versions = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
+        versions = " and ".join(map(str, VERSIONS))
         raise BitstreamError(f"format version {head[8]}, but this mvcodec reads versions {versions}", 8)
     stream = io.BytesIO(head)
     prefix = _parse(PREFIX, stream, "signature")
@@ -399,8 +392,8 @@ def _layout(data: bytes | memoryview) -> _Layout:
     if stream.tell() != stop:
         raise BitstreamError(f"{stop - stream.tell()} bytes of the header have no meaning", stream.tell())
 
-    names = [FIRST[prefix.version], *chain(*section_names(prefix.version, len(table.slices)))]
-    rows = [table.first, *chain(*(part.sections for part in table.slices))]
+    names = ["hyper", *chain(*section_names(prefix.version, len(table.slices)))]
+    rows = [table.hyper, *chain(*(part.sections for part in table.slices))]
     sections, at = [], stop + 2
     for name, row in zip(names, rows, strict=True):
         sections.append(_Section(name, at, at + row.size, row.crc))
@@ -416,18 +409,16 @@ def _intact(data: bytes, layout: _Layout) -> tuple[list[bytes], Damage | None]:
         missing = tuple(s.name for s in layout.sections[i:])
         if len(data) < section.stop:
             reason = f"truncated inside {section.name}, the file has {layout.size} bytes when whole"
-            arrived = [data[section.start :]] if section.crc is None and len(data) > section.start else []
-            return [*intact, *arrived], Damage(reason, len(data), missing)
+            return intact, Damage(reason, len(data), missing)
         raw = bytes(data[section.start : section.stop])
-        if section.crc not in (None, crc8(raw)):
+        if crc8(raw) != section.crc:
             return intact, Damage(f"CRC mismatch in {section.name}: corrupt", section.start, missing)
         intact.append(raw)
     end = layout.size - 4
     if len(data) < layout.size:
         return intact, Damage("truncated inside the file CRC", len(data), ())
     if zlib.crc32(data[:end]) != int.from_bytes(data[end:], "big"):
-        found = "" if layout.version == 3 else ", though no single section is found corrupt"
-        return intact, Damage(f"file CRC mismatch{found}", end, ())
+        return intact, Damage("file CRC mismatch, though no single section is found corrupt", end, ())
     return intact, None
 
 

@@ -1,4 +1,4 @@
-"""Between latents and symbols: the one walk through the entropy model that encoder and decoder share.
+"""Between latents and sections: the one walk through the entropy model that encoder and decoder share.
 
 `snap` turns the networks' output into (mu, sigma index), the only numbers the coder sees; mu lies on a grid of 1/64.
 Everything up to there is exact arithmetic (exact/), the same on every machine. Encoder and decoder call the same
@@ -8,12 +8,12 @@ Everything up to there is exact arithmetic (exact/), the same on every machine. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvcodec.container import VERSIONS, Damage, Header, Slice, Stream, integer_check, pass_names
+from mvcodec import entropy
+from mvcodec.container import Damage, Header, Slice, Stream, integer_check, section_names, sections_of
 from mvcodec.cores import cores_that_pay
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
@@ -32,7 +33,6 @@ from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import band_of, bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.parahydra import PAD_MULTIPLE
-from mvcodec.payload import Writer, reader_of
 from mvcodec.tiling import USUAL
 from mvcodec.transfers import Fetched, fetched, to_device
 from mvcodec.weights import Model
@@ -82,11 +82,10 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     return y_hat
 
 
-def slice_checks(model: Model, y_hat: Tensor, count: int) -> list[int]:
-    """16-bit checks of the first slices of one view [1, M, h, w], so many; the last is that of all that follow, too."""
-    channels = model.net.config.latent_channels // model.net.config.slices
-    parts = np.split(_sixty_fourths(y_hat), [channels * i for i in range(1, count)], axis=1)
-    return [integer_check(part.tobytes()) for part in parts]
+def slice_checks(model: Model, y_hat: Tensor) -> list[int]:
+    """16-bit checks of the slices of one view [1, M, h, w]."""
+    integers = _sixty_fourths(y_hat)
+    return [integer_check(part.tobytes()) for part in np.split(integers, model.net.config.slices, axis=1)]
 
 
 def integer_bytes(y_hat: Tensor) -> bytes:
@@ -101,7 +100,7 @@ def _sixty_fourths(y_hat: Tensor) -> NDArray[np.int32]:
 class EncodedLatents(NamedTuple):
     """What the file carries, what the decoder makes of it, and what it costs in theory."""
 
-    payload: bytes
+    hyper: bytes
     slices: tuple[Slice, ...]
     y_hat: Tensor  # [1, M, h, w]
     estimated_bits: float  # -log2 p of its integers under the densities that training minimised; nan if not asked
@@ -110,7 +109,7 @@ class EncodedLatents(NamedTuple):
 def encode_latents(
     model: Model, y: Tensor, z: Tensor, t: float, estimate: bool = False, shown: Tensor | None = None
 ) -> EncodedLatents:
-    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> the payload.
+    """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections.
 
     shown [1, 1, h, w]: 1 where a latent holds any of the picture (default: all do); the others keep the decoder's
     expectation of them, whose symbols are zero.
@@ -123,8 +122,7 @@ def encode_latents(
     seen = None
     if shown is not None:
         seen = config.coding_order(to_device(shown.double(), y.device))
-    writer, coding = Writer(model), list[Future[None]]()
-    slice_of = config.slice_of_each_pass()
+    sections: list[Future[bytes]] = []
     estimates = [math.nan]
     if estimate:
         quality = torch.tensor([t], dtype=torch.float64, device=y.device)
@@ -132,7 +130,7 @@ def encode_latents(
 
     with ThreadPoolExecutor(max_workers=1) as coder:  # beside the network, which knows the next values already
         tables = _hyper_index(z_hat.shape, t, config.hyper_bands)
-        coding.append(coder.submit(writer.hyper, Fetched(z_hat.short()), tables))
+        hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), tables, model)
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
@@ -140,26 +138,35 @@ def encode_latents(
             if seen is not None:
                 symbols = symbols * seen[step]
             coming = Fetched(torch.stack((symbols.short(), index.short())))
-            coding.append(coder.submit(writer.step, slice_of[step], coming))
+            sections.append(coder.submit(_encode_section, coming, model))
             if estimate:
                 estimates.append(gaussian_bits(symbols, symbols, ln_sigma).item())
             return symbols + mu
 
         y_hat = walk(model, z_hat, t, code)
-        finish(coding)
-    payload, coded = writer.finish()
-    slices = tuple(Slice((), check) for check in slice_checks(model, y_hat, coded))
-    return EncodedLatents(payload, slices, y_hat, sum(estimates))
+        checks = slice_checks(model, y_hat)
+        first, *done = finish([hyper, *sections])
+    coded = iter(done)
+    slices = tuple(Slice(tuple(islice(coded, config.passes_of(i))), check) for i, check in enumerate(checks))
+    return EncodedLatents(first, slices, y_hat, sum(estimates))
 
 
-def finish(coding: list[Future[None]]) -> None:
+def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> bytes:
+    return entropy.encode(coming.wait().ravel(), tables, model.hyper)
+
+
+def _encode_section(coming: Fetched, model: Model) -> bytes:
+    symbols, index = coming.wait()
+    return entropy.encode(symbols.ravel(), index.ravel(), model.gaussian)
+
+
+def finish(sections: list[Future[bytes]]) -> list[bytes]:
     """Wait for what the coder still has to do."""
-    for done in coding:
-        done.result()
+    return [section.result() for section in sections]
 
 
 def decode_latents(model: Model, stream: Stream) -> Tensor:
-    """The integers of one file: y_hat [1, M, h, w] float64 on the model's device.
+    """The sections of one file -> y_hat [1, M, h, w] float64 on the model's device.
 
     Slices that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
     that no encoder writes, DesyncError where the integers are not those that were encoded.
@@ -167,7 +174,7 @@ def decode_latents(model: Model, stream: Stream) -> Tensor:
     (found,) = decode_together(model, [stream])
     if isinstance(found, MvcodecError):
         raise found
-    return found[0]
+    return found
 
 
 def of_one_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
@@ -194,17 +201,14 @@ def same_size(streams: Sequence[Stream], most: int, walks: int = 1) -> list[Walk
     return found
 
 
-Decoded = tuple[Tensor, Stream] | MvcodecError  # y_hat and the stream that it really stands for, or what is wrong
+def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:
+    """`decode_latents` of views of one size in one walk: of each its y_hat, or what is wrong with it.
 
-
-def decode_together(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
-    """`decode_latents` of views of one size in one walk.
-
-    A GPU is then as busy with all as with one, and their symbols are decoded beside one another, a thread for each
-    view. They are coded once more, to see that a file is the code of its symbols: with a GPU, while the network goes on
-    with them. What one view holds changes no integer of another.
+    A GPU is then as busy with all as with one, and their sections are decoded beside one another, a thread for each
+    view. Each is coded once more, to see that it is the code of its symbols: with a GPU, while the network goes on with
+    them. What one view holds changes no integer of another.
     """
-    found: dict[int, Decoded] = {}
+    found: dict[int, Tensor | MvcodecError] = {}
     opened: list[_Opened] = []
     for place, stream in enumerate(streams):
         try:
@@ -217,23 +221,23 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            return mu + to_device(decode_symbols(opened, step, Fetched(index.int()).wait(), coders), mu.device)
+            return mu + to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device)
 
         z_hat = to_device(torch.from_numpy(np.concatenate([view.z_hat for view in opened])), model.device)
         y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)
-        verify_symbols(opened)
+        verify_sections(opened)
     for view, decoded in zip(opened, y_hat.split(1), strict=True):
         found[view.place] = view.verified(decoded)
     return [found[place] for place in range(len(streams))]
 
 
-def decode_symbols(opened: Sequence[_Opened], step: int, tables: NDArray[np.int32], coders: Executor) -> Tensor:
+def decode_sections(opened: Sequence[_Opened], step: int, tables: NDArray[np.int32], coders: Executor) -> Tensor:
     """The symbols of one step of all views [B, C, h, w], from the tables of each: beside one another."""
     run = map if len(opened) == 1 else coders.map
-    return torch.from_numpy(np.stack(list(run(lambda view, table: view.symbols(step, table, coders), opened, tables))))
+    return torch.from_numpy(np.stack(list(run(lambda view, table: view.section(step, table, coders), opened, tables))))
 
 
-def verify_symbols(opened: Sequence[_Opened]) -> None:
+def verify_sections(opened: Sequence[_Opened]) -> None:
     """Wait for what the threads still have to look at."""
     for view in opened:
         view.verify()
@@ -247,29 +251,37 @@ class _Opened:
         config = model.net.config
         shape = (1, config.hyper_channels, *(-(-side // HYPER_STRIDE) for side in _sides(stream.header)))
         tables = _hyper_index(shape, stream.header.quality / 100, config.hyper_bands)
-        self.slice_of = config.slice_of_each_pass()
-        self.source = reader_of(model, stream)
-        self.z_hat = self.source.hyper(tables).reshape(shape)
+        self.z_hat = entropy.decode(stream.hyper, tables, model.hyper).reshape(shape)
+        self.passes = [config.passes_of(i) for i in range(config.slices)]
+        found = [len(part.sections) for part in stream.slices]
+        if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
+            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
+        if sections_of(stream.version, 0) != self.passes[0]:
+            raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
+        self.payloads: list[bytes | None] = [section for part in stream.slices for section in part.sections]
+        self.payloads += [None] * (sum(self.passes) - sum(found))
+        self.slice_of = [i for i, passes in enumerate(self.passes) for _ in range(passes)]  # by step
         self.wrong: _WrongIntegers | None = None
         self.verifying: dict[int, Future[None]] = {}  # by step
 
-    def symbols(self, step: int, table: NDArray[np.int32], coders: Executor) -> NDArray[np.int32]:
+    def section(self, step: int, table: NDArray[np.int32], coders: Executor) -> NDArray[np.int32]:
         """The symbols of a step, shaped as `table`; zeros for what is lost or not to be believed: mu then stands."""
-        if self.wrong is not None or not self.source.holds(step):
+        payload = self.payloads[step]
+        if payload is None or self.wrong is not None:
             return np.zeros_like(table)
         try:
-            found, verify = self.source.take(step, table.ravel())
+            symbols, verify = entropy.decode_ahead(payload, table.ravel(), self.model.gaussian)
             if self.model.device.type in ELSEWHERE:
-                self.verifying[step] = coders.submit(_in_turn, self.verifying.get(step - 1), verify)
+                self.verifying[step] = coders.submit(verify)
             else:
                 verify()
         except BitstreamError as error:
             self._distrust(step, error)
             return np.zeros_like(table)
-        return found.reshape(table.shape)
+        return symbols.reshape(table.shape)
 
     def verify(self) -> None:
-        """What the threads made of the symbols: the first that is wrong counts, what came after it is as wrong."""
+        """What the threads made of the sections: the first that is wrong counts, what came after it is as wrong."""
         for step, verified in self.verifying.items():
             try:
                 verified.result()
@@ -278,56 +290,42 @@ class _Opened:
                 break
 
     def _distrust(self, step: int, error: BitstreamError) -> None:
-        # What arrived is what was written: the coder went astray because (mu, sigma) differ.
+        # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
         self.wrong = _WrongIntegers(self.slice_of[step], f"{error}; its parameters differ from the encoder's")
 
-    def verified(self, y_hat: Tensor) -> Decoded:
-        """y_hat [1, M, h, w], if the checks of all slices that were decoded are those of the encoder."""
-        parts = self.stream.slices
-        whole = self.source.whole if self.wrong is None else min(self.wrong.slice, self.source.whole)
-        for i, (found, part) in enumerate(
-            zip(slice_checks(self.model, y_hat, self.source.checked)[:whole], parts, strict=False)
-        ):
-            if found != part.check:
+    def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
+        """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
+        checks = slice_checks(self.model, y_hat)
+        whole = len(self.stream.slices) if self.wrong is None else self.wrong.slice
+        for i, (found, part) in enumerate(zip(checks[:whole], self.stream.slices, strict=False)):
+            if len(part.sections) == self.passes[i] and found != part.check:
                 sentence = f"decoded integers have check {found:#06x}, the encoder's had {part.check:#06x}"
                 return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
-        return self.wrong or self.source.wrong() or (y_hat, self.source.stream)
+        return self.wrong or y_hat
 
 
-def decode_intact(model: Model, streams: Sequence[Stream]) -> list[Decoded]:
-    """`decode_together` for files that may be damaged.
+def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Tensor, Stream] | MvcodecError]:
+    """`decode_together` for files that may be damaged -> each one's y_hat and the stream that it really stands for.
 
-    Of version 3 the checks of the decoded integers tell how far a file is intact; in versions 1 and 2 a section's CRC-8
-    does, and they find the one random damage in 256 that it misses. The file is cut before that slice, and `damage`
-    says so; one that is only truncated is good for all passes that have arrived. Where already slice 0 fails, the
+    A section's CRC-8 misses one random damage in 256. The check of the decoded integers then finds it, and the file
+    is cut before that slice, as if its CRC had been wrong; `damage` says so. Where already slice 0 fails, the
     hyper-latent may be what is damaged: nothing is certain any more, and the file is refused with BitstreamError.
     A file that was read as intact is never cut: its wrong integers are a DesyncError.
     """
-    config = model.net.config
-    names = pass_names([config.passes_of(i) for i in range(config.slices)])
-    results: list[Decoded] = []
+    results: list[tuple[Tensor, Stream] | MvcodecError] = []
     for stream, first in zip(streams, decode_together(model, streams), strict=True):
         kept, found = stream, first
         while isinstance(found, _WrongIntegers) and kept.damage is not None:
             if found.slice == 0:
                 found = BitstreamError(f"hyper-latent or first slice is corrupt ({found})")
                 break
-            lost = tuple(chain(*names[found.slice :]))
+            names = section_names(kept.version, model.net.config.slices)
+            lost = tuple(name for part in names[found.slice :] for name in part)
             damage = Damage(f"wrong integers in slice {found.slice}: corrupt", kept.damage.offset, lost)
-            if kept.version == VERSIONS[-1]:
-                kept = replace(kept, kept=found.slice, damage=damage)
-            else:
-                kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
+            kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
             (found,) = decode_together(model, [kept])
-        results.append(found)
+        results.append(found if isinstance(found, MvcodecError) else (found, kept))
     return results
-
-
-def _in_turn(before: Future[None] | None, verify: Callable[[], None]) -> None:
-    """Passes are coded one after another, whichever thread has time for the next."""
-    if before is not None:
-        before.result()
-    verify()
 
 
 class _WrongIntegers(DesyncError):

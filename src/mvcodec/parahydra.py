@@ -104,10 +104,6 @@ class ModelConfig:
         """Coding steps of a slice."""
         return 4 if self.anchor_lattice and index == 0 else 2
 
-    def slice_of_each_pass(self) -> list[int]:
-        """By coding step."""
-        return [i for i in range(self.slices) for _ in range(self.passes_of(i))]
-
     def entropy_switches(self) -> dict[str, Any]:
         """What the decoded integers depend on; everything else may change without a new model id."""
         switches = {name: value for name, value in self.to_dict().items() if name in ENTROPY_SWITCHES}

@@ -30,8 +30,8 @@ FUNCTIONS = [
     (entropy, "encode", "coder"),
     (entropy, "decode", "coder"),
     (latents, "finish", "coder"),
-    (latents, "decode_symbols", "coder"),
-    (latents, "verify_symbols", "coder"),
+    (latents, "decode_sections", "coder"),
+    (latents, "verify_sections", "coder"),
     (cores, "finish", "other cores"),
 ]
 

@@ -177,7 +177,7 @@ def test_exit_4_corrupt(cli: Cli, command: str) -> None:
         one_line(outcome.err, "mvcodec: a.phv: ")
 
 
-def test_exit_4_flipped_payload_is_refused(cli: Cli, coded: Path) -> None:
+def test_exit_4_flipped_payload_is_named_with_its_place(cli: Cli, coded: Path) -> None:
     path = coded / "C1/00000000.phv"
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
@@ -186,7 +186,7 @@ def test_exit_4_flipped_payload_is_refused(cli: Cli, coded: Path) -> None:
     for command in ("verify", "decode"):
         outcome = cli(command, path)
         assert outcome.code == 4
-        one_line(outcome.err, f"mvcodec: {path}: file CRC mismatch", "at byte")
+        one_line(outcome.err, f"mvcodec: {path}: CRC mismatch in slice 3", "at byte")
 
 
 def test_exit_5_model(cli: Cli, coded: Path) -> None:
@@ -217,7 +217,7 @@ def test_exit_7_desynchronised(cli: Cli, coded: Path) -> None:
     stream = container.unpack((coded / "C1/00000000.phv").read_bytes())
     first = stream.slices[0]
     forged = (container.Slice(first.sections, first.check ^ 1), *stream.slices[1:])
-    Path("a.phv").write_bytes(container.pack(container.Stream(stream.header, stream.first, forged)))
+    Path("a.phv").write_bytes(container.pack(container.Stream(stream.header, stream.hyper, forged)))
     assert cli("verify", "a.phv").code == 0
     for command in (["verify", "--deep"], ["decode"]):
         outcome = cli(*command, "a.phv")

@@ -19,7 +19,7 @@ from mvcodec.weights import Model, export_model, load_model
 from tests.exact_reader import ExactReader, Map, read_model
 from tests.golden.make import GOLDEN, drawn_model
 from tests.golden.make import MODELS as DRAWN
-from tests.spec_reader import RangeDecoder, Table, crc16, decode_pass, read_file
+from tests.spec_reader import Table, crc16, decode_section, read_file
 
 MODELS = sorted(Path(__file__).parents[2].glob("models/*.safetensors"))
 
@@ -143,27 +143,20 @@ def decoded(data: bytes, tensors: Mapping[str, Map], config: Mapping[str, Any]) 
         return [Table(int(offset), row.tolist()) for offset, row in zip(offsets, rows, strict=True)]
 
     file = read_file(data)
-    first, *sections = file.sections
-    decoder = RangeDecoder(first)  # of all, in version 3
-    slice_of = [i for i in range(config["slices"]) for _ in range(4 if config.get("anchor_lattice") and i == 0 else 2)]
     height, width = (-(-int(str(file.metadata[side])) // 64) for side in ("height", "width"))
+    hyper, *sections = file.sections
     shape, gaussian = (config["hyper_channels"], height, width), tables("gaussian")
     quality = int(str(file.metadata["quality"]))
     band = (2 * quality * (len(tables("hyper")) // shape[0] - 1) + 10000) // 20000
     channels = (np.indices(shape)[0] + band * shape[0]).ravel().tolist()
-    z_hat = np.array(decode_pass(decoder, channels, tables("hyper"), skip_first=False)).reshape(shape)
+    z_hat = np.array(decode_section(hyper, channels, tables("hyper"), skip_first=False)).reshape(shape)
 
     def symbols(step: int, index: Map) -> Map:
-        if slice_of[step] >= len(file.checks):
-            return np.zeros_like(index)
-        source = RangeDecoder(sections[step]) if sections else decoder
-        values = decode_pass(source, index.ravel().tolist(), gaussian, skip_first=True)
+        values = decode_section(sections[step], index.ravel().tolist(), gaussian, skip_first=True)
         return np.array(values).reshape(index.shape)
 
     _, y64 = ExactReader(tensors, config).read(z_hat, quality, symbols)
-    channels_of_slice = len(y64) // config["slices"]
-    parts = np.split(y64, [channels_of_slice * i for i in range(1, len(file.checks))])
-    for part, check in zip(parts, file.checks, strict=True):
+    for part, check in zip(np.split(y64, config["slices"]), file.checks, strict=True):
         assert crc16(part.astype("<i4").tobytes()) == check
     return y64
 

@@ -1,9 +1,8 @@
 """What tests/golden holds, made from numbers alone: `python -m tests.golden.make` prints it, `--write NAME` writes it.
 
-The models are the tiny profile, and the same with anchors on a lattice. tiny_v1.phv and lattice_v2.phv are what they
-wrote until version 3 of the format: nothing makes those any more, and they are read for ever. Every weight is drawn by
-PCG64 as an integer and scaled, so no file of weights is needed and no generator of torch is trusted. y and z are drawn
-the same way, far from any rounding tie.
+The models are the tiny profile, and the same with anchors on a lattice, which writes version 2 of the format; every
+weight is drawn by PCG64 as an integer and scaled, so no file of weights is needed and no generator of torch is trusted.
+y and z are drawn the same way, far from any rounding tie.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from mvcodec.weights import Model, export_model, load_model
 
 GOLDEN = Path(__file__).parent / "tiny.phv"
 PICTURE = GOLDEN.with_name("picture.phv")
-OLDER = {"tiny": (1, GOLDEN.with_name("tiny_v1.phv")), "lattice": (2, GOLDEN.with_name("lattice_v2.phv"))}  # by model
 MODELS: dict[str, dict[str, bool]] = {"tiny": {}, "lattice": {"anchor_lattice": True}}  # by name of their golden file
 WIDTH, HEIGHT, QUALITY = 100, 50, 42.0
 # Parts that the networks have lost since the golden file was made. They are drawn all the same, for what follows them.
@@ -82,7 +80,7 @@ def golden_file(model: Model) -> bytes:
     header = Header(
         model.id, "tiny", QUALITY, WIDTH, HEIGHT, camera_id="golden", frame=3, timestamp_us=1_700_000_000_000_000
     )
-    return pack(Stream(header, latents.payload, latents.slices))
+    return pack(Stream(header, latents.hyper, latents.slices))
 
 
 def drawn_picture() -> Image:

@@ -16,7 +16,7 @@ from mvcodec.frames import STREAM_SUFFIX
 @click.argument("inputs", nargs=-1, required=True, metavar="FILE|DIR|-...")
 @reporting
 def info(report: Report, inputs: tuple[str, ...]) -> None:
-    """Show the header of .phv files: camera, time, size, quality, model, and where the payload lies.
+    """Show the header of .phv files: camera, time, size, quality, model, and the size of each section.
 
     Concatenated files are listed one by one. Nothing is decoded and no checksum but the header's is computed:
     that is `mvcodec verify`.
