@@ -138,7 +138,7 @@ def read_file(data: bytes) -> File:
     c = Cursor(data)
     assert c.take(8) == bytes.fromhex("89 50 48 56 0D 0A 1A 0A")
     version = c.uint(1)
-    assert version in (1, 2)
+    assert version in (1, 2, 3)
     header_end = c.varint() + c.at
     assert crc16(data[:header_end]) == int.from_bytes(data[header_end : header_end + 2], "big")
     meta: dict[str, object] = {"model_id": c.take(8), "profile": c.uint(1), "quality": c.uint(2)}
@@ -158,7 +158,7 @@ def read_file(data: bytes) -> File:
     sizes = [section()]
     checks = []
     for i in range(c.uint(1)):
-        sizes += [section() for _ in range(4 if version == 2 and i == 0 else 2)]
+        sizes += [section() for _ in range(4 if version > 1 and i == 0 else 2)]
         checks.append(c.uint(2))
     assert c.at == header_end
     c.take(2)

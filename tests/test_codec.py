@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from mvcodec import codec
+from mvcodec import latents as latents_module
 from mvcodec.codec import decode_set, encode_image, in_frames
 from mvcodec.container import Stream, pack, unpack
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, UsageError
@@ -261,11 +264,53 @@ def test_the_least_memory_that_is_accepted_suffices_for_a_tile(tiny_model):
     assert encode_image(tiny_model, image, 50, max_memory=2_000_000_000) == encode_image(tiny_model, image, 50)
 
 
-def test_a_model_with_anchors_on_a_lattice_writes_version_2(tiny_model, lattice_model):
+def test_slices_at_the_end_that_hold_nothing_are_not_in_the_file(lattice_model):
+    y, z = torch.zeros(1, 32, 8, 12), torch.zeros(1, 16, 2, 3)
+    y[:, 8:16] = 5  # of slice 1 of 4
+    latents = encode_latents(lattice_model, y, z, 0.42)
+    assert [len(part.sections) for part in latents.slices] == [4, 2]
+    picture = Image(smooth_picture(128, 192))
+    header = dataclasses.replace(unpack(encode_image(lattice_model, picture, 42)).header)
+    stream = Stream(header, latents.hyper, latents.slices)
+    data = pack(stream)
+    assert unpack(data) == stream
+    assert torch.equal(decode_latents(lattice_model, unpack(data)), latents.y_hat)
+
+    last = latents.slices[-1]
+    forged = dataclasses.replace(stream, slices=(latents.slices[0], dataclasses.replace(last, check=last.check ^ 1)))
+    with pytest.raises(DesyncError, match="slice 1"):
+        decode_latents(lattice_model, forged)
+    (view,) = decode_set(lattice_model, [data[:-6]], partial=True)  # its last byte has not arrived
+    assert view.damage.missing == ("slice 1 non-anchor",)
+
+    nothing = encode_latents(lattice_model, 0 * y, z, 0.42)
+    assert len(nothing.slices) == 1
+    assert torch.equal(decode_latents(lattice_model, Stream(header, nothing.hyper, nothing.slices)), nothing.y_hat)
+
+
+def test_a_last_slice_that_holds_nothing_is_refused(lattice_model):
+    y, z = torch.zeros(1, 32, 8, 12), torch.zeros(1, 16, 2, 3)
+    y[:, 8:16] = 5
+    coded = latents_module._encode_section
+
+    def as_if_it_held_something(coming, model):
+        return coded(coming, model)._replace(holds=True)
+
+    with patch.object(latents_module, "_encode_section", as_if_it_held_something):
+        wasteful = encode_latents(lattice_model, y, z, 0.42)
+    assert len(wasteful.slices) == 4
+    header = unpack(encode_image(lattice_model, Image(smooth_picture(128, 192)), 42)).header
+    for version, error in (2, None), (3, "last slice of the file holds nothing"):
+        stream = Stream(header, wasteful.hyper, wasteful.slices, version=version)
+        with pytest.raises(BitstreamError, match=error) if error else nullcontext():
+            assert torch.equal(decode_latents(lattice_model, stream), wasteful.y_hat)
+
+
+def test_a_model_with_anchors_on_a_lattice_writes_version_3(tiny_model, lattice_model):
     picture = Image(smooth_picture(70, 100))
     data = encode_image(lattice_model, picture, 80)
     stream = unpack(data)
-    assert stream.version == 2
+    assert stream.version == 3
     assert [len(part.sections) for part in stream.slices] == [4, 2, 2, 2]
     assert all(stream.slices[0].sections)
     (view,) = decode_set(lattice_model, [data])

@@ -68,22 +68,24 @@ def coded(header: Header = FULL, n_slices: int = 3, symbols: int = 150, version:
         Slice(tuple(section() for _ in range(sections_of(version, i))), int(r.integers(1 << 16)))
         for i in range(n_slices)
     )
-    return Stream(header, section(), slices)
+    return Stream(header, section(), slices, version=version)
 
 
 @cache
 def sparse() -> Stream:
-    """A stream of version 2 some of whose sections are empty."""
-    first, second, third = coded(version=2).slices
+    """A stream some of whose sections are empty."""
+    first, second, third = coded(version=3).slices
     slices = (
         replace(first, sections=(first.sections[0], b"", first.sections[2], b"")),
         replace(second, sections=(b"", second.sections[1])),
         replace(third, sections=(b"", b"")),
     )
-    return replace(coded(version=2), slices=slices)
+    return replace(coded(version=3), slices=slices)
 
 
-kinds = pytest.mark.parametrize("stream", [coded(), coded(version=2), sparse()], ids=["1", "2", "sparse"])
+kinds = pytest.mark.parametrize(
+    "stream", [coded(), coded(version=2), coded(version=3), sparse()], ids=["1", "2", "3", "sparse"]
+)
 
 
 def with_header(body: bytes, payload: bytes = b"", version: int = 1) -> bytes:
@@ -151,7 +153,7 @@ def test_every_legal_stream_survives(header: Header, hyper: bytes, first: Slice,
     assert unpack(data) == stream
     assert list(split(data + data)) == [data, data]
     read = spec_reader.read_file(data)
-    assert read.version == stream.version == (1 if len(first.sections) == 2 else 2)
+    assert read.version == stream.version == (1 if len(first.sections) == 2 else 3)
     assert read.size == len(data)
     assert read.sections == [hyper, *(section for part in parts for section in part.sections)]
     assert read.checks == [part.check for part in parts]
@@ -187,7 +189,7 @@ def test_exact_bytes_of_version_1() -> None:
 
 def test_exact_bytes_of_version_2() -> None:
     first = Slice((b"anchor 0", b"", b"anchor 2", b"non-anchor"), 0xBEEF)
-    stream = Stream(SMALL, b"hyper", (first, Slice((b"", b"last"), 1)))
+    stream = Stream(SMALL, b"hyper", (first, Slice((b"", b"last"), 1)), version=2)
     golden = (
         "895048560d0a1a0a 02 26"
         "3132333435363738 01 0ea6 04 8005 e003 02 4331 ac02"
@@ -219,11 +221,12 @@ def test_section_names() -> None:
     assert section_names(1, 3) == others
     assert section_names(2, 3) == [first, *others[1:]]
     assert section_names(2, 0) == []
-    assert [sections_of(v, i) for v in VERSIONS for i in range(3)] == [2, 2, 2, 4, 2, 2]
+    assert section_names(3, 3) == section_names(2, 3)
+    assert [sections_of(v, i) for v in VERSIONS for i in range(3)] == [2, 2, 2, 4, 2, 2, 4, 2, 2]
 
 
 def test_overhead_of_a_plain_picture() -> None:
-    for version, overhead in ((1, 105), (2, 111)):
+    for version, overhead in ((1, 105), (2, 111), (3, 111)):
         stream = coded(PLAIN, 8, 8000, version)
         data = pack(stream)
         payload = len(stream.hyper) + sum(len(section) for part in stream.slices for section in part.sections)
@@ -249,7 +252,7 @@ def test_description_is_json_and_adds_up() -> None:
 
 def test_description_of_version_2_names_its_sections() -> None:
     fields = describe(pack(sparse()))
-    assert (fields["version"], fields["slices"]) == (2, 3)
+    assert (fields["version"], fields["slices"]) == (3, 3)
     assert [s["name"] for s in fields["sections"]] == ["hyper", *chain(*section_names(2, 3))]
     sizes = [len(section) for part in sparse().slices for section in part.sections]
     assert [s["bytes"] for s in fields["sections"]] == [len(sparse().hyper), *sizes]
@@ -309,12 +312,12 @@ def test_a_stream_that_no_file_holds_is_not_written() -> None:
     for bad in (replace(stream, slices=()), replace(stream, slices=stream.slices * 17), lost):
         with pytest.raises(UsageError):
             pack(bad)
-    for version in (0, 3):
+    for version in (0, 4):
         with pytest.raises(UsageError, match=f"no format version {version}"):
             pack(replace(stream, version=version))
-    for twice in (four.slices[0], *four.slices), (*stream.slices, four.slices[0]):
+    for whole, twice in (four, (four.slices[0], *four.slices)), (stream, (*stream.slices, four.slices[0])):
         with pytest.raises(UsageError, match=r"slice [12] has 4 sections, but 2 in format version [12]"):
-            pack(replace(stream, slices=twice))
+            pack(replace(whole, slices=twice))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
@@ -431,7 +434,7 @@ def test_trailing_bytes_are_refused_also_when_partial() -> None:
         (lambda d: d.replace(b"\r\n", b"\n"), "binary"),
         (lambda d: d.replace(b"\n", b"\r\n"), "binary"),
         (lambda d: bytes(b & 127 for b in d), "binary"),
-        (lambda d: d[:8] + b"\3" + d[9:], "format version 3, but this mvcodec reads versions 1 and 2"),
+        (lambda d: d[:8] + b"\4" + d[9:], "format version 4, but this mvcodec reads versions 1, 2 and 3"),
         (lambda d: d[:8] + b"\0" + d[9:], "format version 0"),
         (lambda d: d[:8] + b"\2" + d[9:], "header CRC"),
         (lambda d: d[:30], "inside the header"),
@@ -480,7 +483,7 @@ def test_rubbish_between_files_is_refused_with_its_place() -> None:
 
 
 def test_the_frame_of_the_following_tests_is_legal() -> None:
-    for version, table in ((1, EMPTY), (2, EMPTY_2)):
+    for version, table in ((1, EMPTY), (2, EMPTY_2), (3, EMPTY_2)):
         assert unpack(with_header(META + table, version=version)).header.camera_id == "C1"
 
 
@@ -556,7 +559,7 @@ def test_sizes_are_not_believed(data: bytes) -> None:
     assert peak < 1_000_000
 
 
-@given(st.sampled_from([(1, EMPTY), (2, EMPTY_2)]), st.binary(max_size=120), st.binary(max_size=40))
+@given(st.sampled_from([(1, EMPTY), (2, EMPTY_2), (3, EMPTY_2)]), st.binary(max_size=120), st.binary(max_size=40))
 def test_any_header_is_read_or_refused(kind: tuple[int, bytes], body: bytes, payload: bytes) -> None:
     version, table = kind
     for data in (

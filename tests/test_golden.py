@@ -122,14 +122,16 @@ def test_encoder_and_decoder_with_any_number_of_threads(model, threads, count):
     assert integers_sha256(decode_latents(model, unpack(DATA))) == KNOWN["integers_sha256"]
 
 
-def test_version_2(threads):
+def test_versions_2_and_3(threads):
     lattice, known = drawn_model("lattice"), facts("lattice")
-    data = GOLDEN.with_name("lattice.phv").read_bytes()
-    assert (describe(data)["version"], len(data), lattice.id.hex()) == (2, known["bytes"], known["model_id"])
+    data, older = (GOLDEN.with_name(f"{name}.phv").read_bytes() for name in ("lattice", "lattice_v2"))
+    assert (describe(data)["version"], len(data), lattice.id.hex()) == (3, known["bytes"], known["model_id"])
+    assert describe(older)["version"] == 2
     for count in (1, 2):
         threads(count)
         assert golden_file(lattice) == data
-        assert integers_sha256(decode_latents(lattice, unpack(data))) == known["integers_sha256"]
+        for written in (data, older):
+            assert integers_sha256(decode_latents(lattice, unpack(written))) == known["integers_sha256"]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch about its own switch

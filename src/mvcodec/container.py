@@ -5,7 +5,8 @@
     header  = metadata | sizes and checks of all sections
     payload = hyper | slice 0 anchor | slice 0 non-anchor | slice 1 anchor | ...
 
-Version 2 codes slice 0 in four passes (anchor 0, anchor 1, anchor 2, non-anchor) and spends no CRC on empty sections.
+Versions 2 and 3 code slice 0 in four passes (anchor 0, anchor 1, anchor 2, non-anchor) and spend no CRC on empty
+sections; version 3 ends with the last slice that holds anything.
 All sizes stand in the header, so a file is cut out of a concatenation, listed or found truncated without any
 decoding. Imports neither torch nor numpy: `mvcodec info` is instant.
 """
@@ -26,7 +27,7 @@ from mvcodec.errors import BitstreamError, UsageError
 from mvcodec.files import Input, contents
 
 SIGNATURE = b"\x89PHV\r\n\x1a\n"  # as PNG's: not text, and any newline conversion or 7-bit channel breaks it
-VERSIONS = (1, 2)  # both frozen
+VERSIONS = (1, 2, 3)  # all frozen
 PROFILES = ("paper", "fast", "tiny")
 
 MAX_SIDE = 65535
@@ -40,7 +41,8 @@ MAX_SECTION = (1 << 28) - 1  # four length bytes
 MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
 
 _PASSES = ("anchor", "non-anchor")
-_FIRST_PASSES = {1: _PASSES, 2: ("anchor 0", "anchor 1", "anchor 2", "non-anchor")}  # of slice 0, by version
+_FOUR_PASSES = ("anchor 0", "anchor 1", "anchor 2", "non-anchor")
+_FIRST_PASSES = {1: _PASSES, 2: _FOUR_PASSES, 3: _FOUR_PASSES}  # of slice 0, by version
 
 
 def sections_of(version: int, slice_index: int) -> int:
@@ -83,7 +85,10 @@ class Header:
 
 @dataclass(frozen=True)
 class Slice:
-    """One latent slice: its sections and the 16-bit check of its decoded integers (`integer_check`)."""
+    """One latent slice: its sections and the 16-bit check of its decoded integers (`integer_check`).
+
+    In version 3 the check of a file's last slice is that of all slices of the model from there on.
+    """
 
     sections: tuple[bytes, ...]  # in coding order; in the last slice of a damaged file a leading run of them
     check: int
@@ -102,7 +107,8 @@ class Damage:
 class Stream:
     """The content of one file; `damage` is set only where partial=True was asked and something was lost.
 
-    `version` follows from slice 0 where that has more sections than version 1 knows; `unpack` sets it for all others.
+    `version` follows from slice 0: 3 where that has more sections than version 1 knows; `unpack` sets it for others.
+    `count`: slices that the file has, or had before some were lost.
     """
 
     header: Header
@@ -110,10 +116,13 @@ class Stream:
     slices: tuple[Slice, ...]
     damage: Damage | None = None
     version: int = 1
+    count: int = 0
 
     def __post_init__(self) -> None:
         if self.version == 1 and self.slices and len(self.slices[0].sections) > sections_of(1, 0):
-            object.__setattr__(self, "version", 2)
+            object.__setattr__(self, "version", 3)
+        if not self.count:
+            object.__setattr__(self, "count", len(self.slices))
 
 
 @dataclass(frozen=True)
@@ -233,11 +242,9 @@ METADATA = c.Struct(
     "icc" / c.If(c.this.flags.icc, _blob("ICC profile", MAX_ICC)),
     "exif" / c.If(c.this.flags.exif, _blob("EXIF", MAX_EXIF)),
 )  # fmt: skip
-# Of an empty section there is nothing that could be damaged: version 2 does not spend a byte on it (its CRC-8 is 0).
-SECTION = {
-    1: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Byte),
-    2: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.IfThenElse(c.this.size > 0, c.Byte, c.Computed(0))),
-}
+# Of an empty section there is nothing that could be damaged: from version 2 on no byte is spent on it (its CRC-8 is 0).
+_SPARING = c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.IfThenElse(c.this.size > 0, c.Byte, c.Computed(0)))
+SECTION = {1: c.Struct("size" / _VarUInt(MAX_SECTION), "crc" / c.Byte), 2: _SPARING, 3: _SPARING}
 
 
 def _slice(version: int) -> Any:
@@ -299,7 +306,7 @@ def unpack(data: bytes, *, partial: bool = False) -> Stream:
         sections, rest = tuple(rest[:count]), rest[count:]
         if sections:
             slices.append(Slice(sections, check))
-    return Stream(layout.header, hyper, tuple(slices), damage, layout.version)
+    return Stream(layout.header, hyper, tuple(slices), damage, layout.version, len(layout.checks))
 
 
 def unpack_header(data: bytes) -> Header:
@@ -374,7 +381,7 @@ def _layout(data: bytes | memoryview) -> _Layout:
     head = bytes(data[:16])
     _check_signature(head)
     if len(head) > 8 and head[8] not in VERSIONS:
-        versions = " and ".join(map(str, VERSIONS))
+        versions = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
         raise BitstreamError(f"format version {head[8]}, but this mvcodec reads versions {versions}", 8)
     stream = io.BytesIO(head)
     prefix = _parse(PREFIX, stream, "signature")

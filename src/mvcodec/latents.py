@@ -82,10 +82,11 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     return y_hat
 
 
-def slice_checks(model: Model, y_hat: Tensor) -> list[int]:
-    """16-bit checks of the slices of one view [1, M, h, w]."""
-    integers = _sixty_fourths(y_hat)
-    return [integer_check(part.tobytes()) for part in np.split(integers, model.net.config.slices, axis=1)]
+def slice_checks(model: Model, y_hat: Tensor, count: int) -> list[int]:
+    """16-bit checks of the first slices of one view [1, M, h, w], so many; the last is that of all that follow, too."""
+    channels = model.net.config.latent_channels // model.net.config.slices
+    parts = np.split(_sixty_fourths(y_hat), [channels * i for i in range(1, count)], axis=1)
+    return [integer_check(part.tobytes()) for part in parts]
 
 
 def integer_bytes(y_hat: Tensor) -> bytes:
@@ -122,7 +123,7 @@ def encode_latents(
     seen = None
     if shown is not None:
         seen = config.coding_order(to_device(shown.double(), y.device))
-    sections: list[Future[bytes]] = []
+    sections: list[Future[_Coded]] = []
     estimates = [math.nan]
     if estimate:
         quality = torch.tensor([t], dtype=torch.float64, device=y.device)
@@ -144,23 +145,33 @@ def encode_latents(
             return symbols + mu
 
         y_hat = walk(model, z_hat, t, code)
-        checks = slice_checks(model, y_hat)
         first, *done = finish([hyper, *sections])
-    coded = iter(done)
-    slices = tuple(Slice(tuple(islice(coded, config.passes_of(i))), check) for i, check in enumerate(checks))
-    return EncodedLatents(first, slices, y_hat, sum(estimates))
+    passes = iter(done)
+    coded = [list(islice(passes, config.passes_of(i))) for i in range(config.slices)]
+    if config.anchor_lattice:  # version 3 of the format: slices at the end that hold nothing are not in the file
+        coded = coded[: max((i for i, part in enumerate(coded) if any(one.holds for one in part)), default=0) + 1]
+    checks = slice_checks(model, y_hat, len(coded))
+    slices = tuple(Slice(tuple(one.section for one in part), check) for part, check in zip(coded, checks, strict=True))
+    return EncodedLatents(first.section, slices, y_hat, sum(estimates))
 
 
-def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> bytes:
-    return entropy.encode(coming.wait().ravel(), tables, model.hyper)
+class _Coded(NamedTuple):
+    """One pass."""
+
+    section: bytes
+    holds: bool  # a symbol other than zero
 
 
-def _encode_section(coming: Fetched, model: Model) -> bytes:
+def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> _Coded:
+    return _Coded(entropy.encode(coming.wait().ravel(), tables, model.hyper), True)
+
+
+def _encode_section(coming: Fetched, model: Model) -> _Coded:
     symbols, index = coming.wait()
-    return entropy.encode(symbols.ravel(), index.ravel(), model.gaussian)
+    return _Coded(entropy.encode(symbols.ravel(), index.ravel(), model.gaussian), bool(symbols.any()))
 
 
-def finish(sections: list[Future[bytes]]) -> list[bytes]:
+def finish(sections: list[Future[_Coded]]) -> list[_Coded]:
     """Wait for what the coder still has to do."""
     return [section.result() for section in sections]
 
@@ -254,12 +265,13 @@ class _Opened:
         self.z_hat = entropy.decode(stream.hyper, tables, model.hyper).reshape(shape)
         self.passes = [config.passes_of(i) for i in range(config.slices)]
         found = [len(part.sections) for part in stream.slices]
-        if len(found) > config.slices or (len(found) < config.slices and stream.damage is None):
-            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
+        if stream.count > config.slices or (stream.count < config.slices and stream.version < 3):
+            raise BitstreamError(f"file has {stream.count} slices where the model has {config.slices}")
         if sections_of(stream.version, 0) != self.passes[0]:
             raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
         self.payloads: list[bytes | None] = [section for part in stream.slices for section in part.sections]
         self.payloads += [None] * (sum(self.passes) - sum(found))
+        self.holding = 0  # slices up to the last that turned out to hold a symbol other than zero
         self.slice_of = [i for i, passes in enumerate(self.passes) for _ in range(passes)]  # by step
         self.wrong: _WrongIntegers | None = None
         self.verifying: dict[int, Future[None]] = {}  # by step
@@ -278,6 +290,8 @@ class _Opened:
         except BitstreamError as error:
             self._distrust(step, error)
             return np.zeros_like(table)
+        if symbols.any():
+            self.holding = self.slice_of[step] + 1
         return symbols.reshape(table.shape)
 
     def verify(self) -> None:
@@ -295,12 +309,15 @@ class _Opened:
 
     def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
         """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
-        checks = slice_checks(self.model, y_hat)
+        stream = self.stream
+        checks = slice_checks(self.model, y_hat, stream.count)
         whole = len(self.stream.slices) if self.wrong is None else self.wrong.slice
         for i, (found, part) in enumerate(zip(checks[:whole], self.stream.slices, strict=False)):
             if len(part.sections) == self.passes[i] and found != part.check:
                 sentence = f"decoded integers have check {found:#06x}, the encoder's had {part.check:#06x}"
                 return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
+        if self.wrong is None and stream.version == 3 and stream.damage is None and max(self.holding, 1) < stream.count:
+            return BitstreamError("the last slice of the file holds nothing")
         return self.wrong or y_hat
 
 

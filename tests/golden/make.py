@@ -1,8 +1,9 @@
 """What tests/golden holds, made from numbers alone: `python -m tests.golden.make` prints it, `--write NAME` writes it.
 
-The models are the tiny profile, and the same with anchors on a lattice, which writes version 2 of the format; every
-weight is drawn by PCG64 as an integer and scaled, so no file of weights is needed and no generator of torch is trusted.
-y and z are drawn the same way, far from any rounding tie.
+The models are the tiny profile, and the same with anchors on a lattice, which writes version 3 of the format; its file
+of version 2, lattice_v2.phv, is read for ever, and nothing makes it any more. Every weight is drawn by PCG64 as an
+integer and scaled, so no file of weights is needed and no generator of torch is trusted. y and z are drawn the same
+way, far from any rounding tie.
 """
 
 from __future__ import annotations
