@@ -149,26 +149,6 @@ def test_decoder_stage_trains_what_turns_integers_into_pictures_and_goes_on_as_i
     goes_on_as_if_not_stopped(run, weights(Path(run.run_dir) / "checkpoint.pt"), tmp_path)
 
 
-def test_single_stage_may_draw_pictures_back_which_moves_encoder_and_decoder_and_not_the_curves(config, single):
-    plain = replace(config, start_from=str(single))
-    drawn_back = replace(plain, run_dir=config.run_dir + "-constrain", constrain=True)
-    changed = changed_by(drawn_back)
-    assert not any(name.startswith("cells.") for name in changed)
-    without = weights(train(plain, progress=False))
-    differ = {
-        name
-        for name, value in weights(Path(drawn_back.run_dir) / "checkpoint.pt").items()
-        if not torch.equal(value, without[name])
-    }
-    assert all(
-        any(name.startswith(part) for name in differ) for part in ("g_a.", "para_em.", "para_jd.", "refinement.")
-    )
-    with pytest.raises(UsageError, match="--constrain is nothing that stage decoder knows"):
-        train(replace(drawn_back, stage="decoder"), progress=False)
-    with pytest.raises(UsageError, match="profile paper does not draw pictures back"):
-        train(replace(plain, profile="paper", constrain=True), progress=False)
-
-
 def test_decoder_stage_sees_the_pictures_that_files_give(config, tiny_model_file):
     """To the precision of the levels, and drawn back into their cells from where a poor decoder left them."""
     trainer = Trainer(replace(config, stage="decoder", start_from=str(tiny_model_file)))

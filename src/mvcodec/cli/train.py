@@ -121,11 +121,6 @@ def fits(parameter: click.Parameter, value: object) -> bool:
     show_default=True,
     help="Of stage joint: how much it counts at first where attention looks; from half of the steps on, nothing.",
 )
-@click.option(
-    "--constrain",
-    is_flag=True,
-    help="Of stage single: draw pictures back into the quantiser's cells, as decoders do. Half as long again a step.",
-)
 @click.option("--synthesis", is_flag=True, help="Of stage joint: train the synthesis, too; lone views then change.")
 @click.option(
     "--distortion",

@@ -26,7 +26,6 @@ KNOWN_TO = {  # settings that not every stage knows
         ("validation", "validate_every", "compile", "optimizer", "workers", "crop", "crop_width", "jitter"), LOOP
     ),
     **dict.fromkeys(("max_views", "synthetic", "parallax", "synthesis"), ("joint",)),
-    "constrain": ("single",),
 }
 
 
@@ -45,7 +44,6 @@ class TrainConfig:
     max_views: int = 6  # of stage joint
     parallax: float = 0.0  # weight of `ParallaxSupervision`, to begin with: how far attention is off (stage joint)
     synthesis: bool = False  # stage joint trains the synthesis too: then lone views, too, decode differently
-    constrain: bool = False  # stage single draws pictures back into the quantiser's cells, as stage decoder always does
     distortion: str = "mse"  # mse | ms-ssim
     jitter: float = 0.0  # share of the views that get another camera's colours and exposure
     synthetic: float = 0.0  # share of the sets whose views are made from one picture (stage joint)

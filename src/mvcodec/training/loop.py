@@ -1,7 +1,6 @@
 """The training loop: stages, EMA weights, checkpoints from which a run goes on as if never stopped.
 
-Stage `single` trains everything on lone views (K = 1), at its end with pictures drawn back into the quantiser's cells
-(`constrain`), whose curves stay as they are. Stage `quantise` (rounding.py) trains the entropy model with
+Stage `single` trains everything on lone views (K = 1). Stage `quantise` (rounding.py) trains the entropy model with
 rounded weights and activations. Stage `joint` freezes the encoder and the entropy model, so that no bit changes, and
 trains Para-JD's fusions on sets of overlapping views of random K. Stage `decoder` freezes the same and trains the
 synthesis and the cleaning, on lone views, together with the step back into the quantiser's cells. Stage `refine`
@@ -148,8 +147,7 @@ class Trainer:
         """What of the network this stage runs."""
         joint, stage = self.joint, self.config.stage
         way = {"joint": joint, "fuse": joint, "rate": not joint}
-        constrain = stage == "decoder" or self.config.constrain
-        return way | {"decode": stage != "quantise", "constrain": constrain}
+        return way | {"decode": stage != "quantise", "constrain": stage == "decoder"}
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device)
@@ -321,8 +319,6 @@ def check(config: TrainConfig) -> None:
     smallest = min(config.crop, config.crop_width or config.crop)
     if config.distortion == "ms-ssim" and smallest < MS_SSIM_MIN_SIDE:
         raise UsageError(f"MS-SSIM needs crops of at least {MS_SSIM_MIN_SIDE} pixels a side, not {smallest}")
-    if config.constrain and config.profile == "paper":
-        raise UsageError("profile paper does not draw pictures back into cells; leave --constrain out")
     if config.compile and not config.device.startswith("cuda"):
         raise UsageError("torch.compile is for CUDA; on the CPU it gains nothing here")
 
