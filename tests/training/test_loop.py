@@ -73,6 +73,13 @@ def test_a_resumed_run_trains_what_it_trained_before(config, single, tmp_path):
     assert trained[0] == trained[1]
     assert "refinement.steady.last.weight" in dict(trainer.model.named_parameters())
 
+    checkpoint = Path(run.run_dir) / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    state["optimizer"]["param_groups"][0]["params"].append(10_000)  # as runs left it that trained it
+    save_whole(state, checkpoint)
+    with pytest.raises(UsageError, match="trained other weights; begin with --start-from"):
+        Trainer(run)
+
 
 def test_an_interrupt_waits_for_the_end_of_a_step(config, tmp_path, interrupted):
     config = replace(config, steps=3, batch=1)

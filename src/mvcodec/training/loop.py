@@ -108,7 +108,12 @@ class Trainer:
             # Layers younger than the checkpoint keep their start.
             self.ema.shadow |= {k: v.to(self.device) for k, v in state["ema"].items()}
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state[name])
+                try:
+                    optimizer.load_state_dict(state[name])
+                except ValueError as error:
+                    raise UsageError(
+                        f"{checkpoint}: was written by a run that trained other weights; begin with --start-from it"
+                    ) from error
             self.step = state["step"]
         network = self.processes.wrap(self.model, self.device, unused=config.synthesis)  # the fusions, by lone views
         self.network: Callable[..., TrainingOutput] = torch.compile(network) if config.compile else network
