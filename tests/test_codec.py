@@ -280,6 +280,9 @@ def test_slices_at_the_end_that_hold_nothing_are_not_in_the_file(lattice_model):
     forged = dataclasses.replace(stream, slices=(latents.slices[0], dataclasses.replace(last, check=last.check ^ 1)))
     with pytest.raises(DesyncError, match="slice 1"):
         decode_latents(lattice_model, forged)
+    for slices in latents.slices[:1], latents.slices * 3:
+        with pytest.raises(BitstreamError, match=f"file has {len(slices)} slices where the model has 4"):
+            decode_latents(lattice_model, dataclasses.replace(stream, slices=slices, count=max(2, len(slices))))
     (view,) = decode_set(lattice_model, [data[:-6]], partial=True)  # its last byte has not arrived
     assert view.damage.missing == ("slice 1 non-anchor",)
 

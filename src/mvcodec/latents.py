@@ -265,8 +265,9 @@ class _Opened:
         self.z_hat = entropy.decode(stream.hyper, tables, model.hyper).reshape(shape)
         self.passes = [config.passes_of(i) for i in range(config.slices)]
         found = [len(part.sections) for part in stream.slices]
-        if stream.count > config.slices or (stream.count < config.slices and stream.version < 3):
-            raise BitstreamError(f"file has {stream.count} slices where the model has {config.slices}")
+        fits = stream.count == config.slices or (stream.version == 3 and stream.count < config.slices)
+        if not fits or (len(found) < stream.count and stream.damage is None):
+            raise BitstreamError(f"file has {len(found)} slices where the model has {config.slices}")
         if sections_of(stream.version, 0) != self.passes[0]:
             raise BitstreamError(f"file is of version {stream.version}, which this model does not write")
         self.payloads: list[bytes | None] = [section for part in stream.slices for section in part.sections]
