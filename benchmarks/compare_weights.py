@@ -22,7 +22,7 @@ from mvcodec.evaluation.bdrate import Curve, bd_rate
 from mvcodec.parahydra import ParaHydra
 from mvcodec.precision import autocast
 from mvcodec.training.checkpoint import load_weights, starting_weights
-from mvcodec.training.data import find_scenes, read_rgb
+from mvcodec.training.data import centres, find_scenes
 
 QUALITIES = (5, 30, 55, 80, 100)
 WAYS = {"cleaned": False, "drawn back": True}
@@ -30,14 +30,8 @@ WAYS = {"cleaned": False, "drawn back": True}
 
 def crops(folder: Path, every: int, side: int) -> list[Tensor]:
     """[1, 1, 3, side, side] in [0, 1] from the middle of the first picture of every so manieth scene that has it."""
-    found = []
-    for views in list(find_scenes(folder).values())[::every]:
-        picture = read_rgb(views[0])
-        top, left = ((n - side) // 2 for n in picture.shape[:2])
-        if min(top, left) >= 0:
-            crop = torch.from_numpy(picture[top : top + side, left : left + side].copy())
-            found.append(crop.permute(2, 0, 1)[None, None].float() / 255)
-    return found
+    firsts = [views[0] for views in list(find_scenes(folder).values())[::every]]
+    return [crop[None] for crop in centres(firsts, side) if crop.shape[-2:] == (side, side)]
 
 
 @torch.no_grad()

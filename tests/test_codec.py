@@ -269,8 +269,7 @@ def test_slices_at_the_end_that_hold_nothing_are_not_in_the_file(lattice_model):
     y[:, 8:16] = 5  # of slice 1 of 4
     latents = encode_latents(lattice_model, y, z, 0.42)
     assert [len(part.sections) for part in latents.slices] == [4, 2]
-    picture = Image(smooth_picture(128, 192))
-    header = dataclasses.replace(unpack(encode_image(lattice_model, picture, 42)).header)
+    header = unpack(encode_image(lattice_model, Image(smooth_picture(128, 192)), 42)).header
     stream = Stream(header, latents.hyper, latents.slices)
     data = pack(stream)
     assert unpack(data) == stream

@@ -250,7 +250,7 @@ def test_description_is_json_and_adds_up() -> None:
     assert not fields["truncated"]
 
 
-def test_description_of_version_2_names_its_sections() -> None:
+def test_description_of_version_3_names_its_sections() -> None:
     fields = describe(pack(sparse()))
     assert (fields["version"], fields["slices"]) == (3, 3)
     assert [s["name"] for s in fields["sections"]] == ["hyper", *chain(*section_names(2, 3))]

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from mvcodec.parahydra import PAD_MULTIPLE
 from mvcodec.tiling import USUAL
 from mvcodec.transfers import Fetched, fetched, to_device
 from mvcodec.weights import Model
+
+Done = TypeVar("Done")
 
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
 LATENT_STRIDE, HYPER_STRIDE = 16, PAD_MULTIPLE  # pixels per y, per z
@@ -145,14 +147,13 @@ def encode_latents(
             return symbols + mu
 
         y_hat = walk(model, z_hat, t, code)
-        first, *done = finish([hyper, *sections])
-    passes = iter(done)
+        (first,), passes = finish([hyper]), iter(finish(sections))
     coded = [list(islice(passes, config.passes_of(i))) for i in range(config.slices)]
     if config.anchor_lattice:  # version 3 of the format: slices at the end that hold nothing are not in the file
         coded = coded[: max((i for i, part in enumerate(coded) if any(one.holds for one in part)), default=0) + 1]
     checks = slice_checks(model, y_hat, len(coded))
     slices = tuple(Slice(tuple(one.section for one in part), check) for part, check in zip(coded, checks, strict=True))
-    return EncodedLatents(first.section, slices, y_hat, sum(estimates))
+    return EncodedLatents(first, slices, y_hat, sum(estimates))
 
 
 class _Coded(NamedTuple):
@@ -162,8 +163,8 @@ class _Coded(NamedTuple):
     holds: bool  # a symbol other than zero
 
 
-def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> _Coded:
-    return _Coded(entropy.encode(coming.wait().ravel(), tables, model.hyper), True)
+def _encode_hyper(coming: Fetched, tables: NDArray[np.int32], model: Model) -> bytes:
+    return entropy.encode(coming.wait().ravel(), tables, model.hyper)
 
 
 def _encode_section(coming: Fetched, model: Model) -> _Coded:
@@ -171,7 +172,7 @@ def _encode_section(coming: Fetched, model: Model) -> _Coded:
     return _Coded(entropy.encode(symbols.ravel(), index.ravel(), model.gaussian), bool(symbols.any()))
 
 
-def finish(sections: list[Future[_Coded]]) -> list[_Coded]:
+def finish(sections: list[Future[Done]]) -> list[Done]:
     """Wait for what the coder still has to do."""
     return [section.result() for section in sections]
 
@@ -312,8 +313,8 @@ class _Opened:
         """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
         stream = self.stream
         checks = slice_checks(self.model, y_hat, stream.count)
-        whole = len(self.stream.slices) if self.wrong is None else self.wrong.slice
-        for i, (found, part) in enumerate(zip(checks[:whole], self.stream.slices, strict=False)):
+        whole = len(stream.slices) if self.wrong is None else self.wrong.slice
+        for i, (found, part) in enumerate(zip(checks[:whole], stream.slices, strict=False)):
             if len(part.sections) == self.passes[i] and found != part.check:
                 sentence = f"decoded integers have check {found:#06x}, the encoder's had {part.check:#06x}"
                 return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")

@@ -182,6 +182,13 @@ def _convolutions(widths: tuple[int, ...], transposed: bool, last_is_picture: bo
     return nn.Sequential(*layers)
 
 
+def _last_in_full(layers: nn.Sequential, x: Tensor) -> Tensor:
+    *hidden, last = layers
+    for layer in hidden:
+        x = layer(x)
+    return in_full(last, x)
+
+
 class PaperAnalysis(nn.Module):
     """g_a: 4 x (5x5 stride-2 convolution), GDN between. [B, 3, H, W] -> [B, M, H/16, W/16]."""
 
@@ -191,7 +198,7 @@ class PaperAnalysis(nn.Module):
         self.layers = _convolutions((3, m, m, m, m), transposed=False, last_is_picture=True)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        return in_full(self.layers[-1], self.layers[:-1](x))
+        return _last_in_full(self.layers, x)
 
 
 class PaperSynthesisCoarse(nn.Module):
@@ -214,4 +221,4 @@ class PaperSynthesisFine(nn.Module):
         self.layers = _convolutions((latent_channels, latent_channels, 3), transposed=True, last_is_picture=True)
 
     def forward(self, f: Tensor, quality: Tensor) -> Tensor:
-        return in_full(self.layers[-1], self.layers[:-1](f))
+        return _last_in_full(self.layers, f)

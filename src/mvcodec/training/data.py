@@ -86,13 +86,14 @@ def calibration_pictures(folder: Path, count: int = 12, side: int = 256) -> list
     """
     scenes = list(find_scenes(folder).values())
     spread = [views[0] for views in scenes][:: max(1, len(scenes) // count)][:count]
-    crops = list(_centres(spread, side)) or list(islice(_centres(chain(*scenes), side), count))
+    crops = list(centres(spread, side)) or list(islice(centres(chain(*scenes), side), count))
     if not crops:
         raise UsageError(f"{folder}: holds no picture of at least {PAD_MULTIPLE} pixels a side to calibrate on")
     return crops
 
 
-def _centres(files: Iterable[Path], side: int) -> Iterator[Tensor]:
+def centres(files: Iterable[Path], side: int) -> Iterator[Tensor]:
+    """[1, 3, H, W] in [0, 1] from the middle of each picture, H and W at most `side`; none of those under 64 pixels."""
     for file in files:
         picture = read_rgb(file)
         height, width = (min(side, n // PAD_MULTIPLE * PAD_MULTIPLE) for n in picture.shape[:2])
