@@ -39,6 +39,7 @@ from mvcodec.training.curves import append_rows, columns, draw_if_possible
 from mvcodec.training.data import centre_crops, check_validation, load_scenes, refuse_overlap
 from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
+from mvcodec.training.layout import memory_format
 from mvcodec.training.losses import check_distortion, loss_of
 from mvcodec.training.optimizers import OPTIMIZERS, FiniteSteps, optimizers_for
 from mvcodec.training.parallax_supervision import ParallaxSupervision
@@ -95,7 +96,7 @@ class Trainer:
         quantise = config.stage == "quantise"
         if quantise and state is None:
             self.bits = {"calibration": calibration_on(self.model, Path(config.data))}
-        self.model.to(self.device).to(memory_format=torch.channels_last)
+        self.model.to(self.device).to(memory_format=memory_format(self.device))
         if quantise:
             count_in_integers(self.model, self.bits["calibration"])
         if state is not None:
