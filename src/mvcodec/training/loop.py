@@ -96,8 +96,7 @@ class Trainer:
         quantise = config.stage == "quantise"
         if quantise and state is None:
             self.bits = {"calibration": calibration_on(self.model, Path(config.data))}
-        self.layout = memory_format(self.device)
-        self.model.to(self.device).to(memory_format=self.layout)
+        self.model.to(self.device).to(memory_format=memory_format(self.device))
         if quantise:
             count_in_integers(self.model, self.bits["calibration"])
         if state is not None:
@@ -166,7 +165,7 @@ class Trainer:
             self.ahead = self.batches.from_step(step)
         pixels, quality = next(self.ahead)
         pictures, t = pixels.to(self.device, non_blocking=True).float().div_(255), quality.to(self.device)
-        if self.layout is torch.contiguous_format:  # crops come as they lie in pictures, and convolutions would follow
+        if memory_format(self.device) is torch.contiguous_format:  # crops lie as pictures do; convolutions would follow
             pictures = pictures.contiguous()
         part = self.batches.part_at(step)
         exact = processes.world > 1 and not config.compile  # compiled noise cannot be drawn for the whole batch
