@@ -12,7 +12,7 @@ import torch
 from mvcodec.codec import decode_set
 from mvcodec.container import Stream, describe, unpack
 from mvcodec.errors import BitstreamError, DesyncError, MvcodecError
-from mvcodec.latents import decode_intact, decode_latents
+from mvcodec.latents import Latents, decode_intact, decode_latents
 from tests.golden.make import (
     GOLDEN,
     MODELS,
@@ -65,7 +65,7 @@ def flipped(position: int, pattern: bytes) -> bytes:
     return bytes(damaged)
 
 
-def decoded(model, stream: Stream) -> tuple[torch.Tensor, Stream]:
+def decoded(model, stream: Stream) -> tuple[Latents, Stream]:
     with torch.inference_mode():
         (found,) = decode_intact(model, [stream])
     if isinstance(found, MvcodecError):
@@ -77,7 +77,7 @@ class Salvage:
     """What a damaged file gives: the golden integers of its intact slices. Equal streams are decoded once."""
 
     def __init__(self, model) -> None:
-        self.model, self.whole = model, decoded(model, unpack(DATA))[0]
+        self.model, self.whole = model, decoded(model, unpack(DATA))[0].y_hat
         self.width = self.whole.shape[1] // SLICES
         self.seen: dict[tuple, int] = {}
 
@@ -95,7 +95,7 @@ class Salvage:
 
     def _decode(self, stream: Stream) -> int:
         try:
-            y_hat, used = decoded(self.model, stream)
+            (y_hat, *_), used = decoded(self.model, stream)
         except BitstreamError:
             return -1
         whole = sum(len(part.sections) == 2 for part in used.slices)
@@ -119,7 +119,7 @@ def test_encoder_and_decoder_with_any_number_of_threads(model, threads, count):
     threads(count)
     assert model.id.hex() == KNOWN["model_id"]
     assert golden_file(model) == DATA
-    assert integers_sha256(decode_latents(model, unpack(DATA))) == KNOWN["integers_sha256"]
+    assert integers_sha256(decode_latents(model, unpack(DATA)).y_hat) == KNOWN["integers_sha256"]
 
 
 def test_versions_2_and_3(threads):
@@ -131,7 +131,7 @@ def test_versions_2_and_3(threads):
         threads(count)
         assert golden_file(lattice) == data
         for written in (data, older):
-            assert integers_sha256(decode_latents(lattice, unpack(written))) == known["integers_sha256"]
+            assert integers_sha256(decode_latents(lattice, unpack(written)).y_hat) == known["integers_sha256"]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch about its own switch

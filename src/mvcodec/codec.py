@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from mvcodec.container import Damage, Header, Stream, pack, unpack
 from mvcodec.cores import beside
+from mvcodec.entropy.tables import SIGMAS
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.graphs import PLAIN, Graphs
 from mvcodec.images import Image
-from mvcodec.latents import LATENT_STRIDE, Walk, decode_intact, encode_latents, of_one_size, same_size
+from mvcodec.latents import LATENT_STRIDE, Latents, Walk, decode_intact, encode_latents, of_one_size, same_size
 from mvcodec.nn.aligned_refinement import AlignedRefinement
+from mvcodec.nn.coefficient_estimate import Told
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import correction
 from mvcodec.nn.transforms import KltAnalysis
@@ -58,7 +60,7 @@ class EncodedView:
     """A .phv file, and what only its encoder knows without decoding it again."""
 
     data: bytes
-    y_hat: Tensor  # [1, M, h, w]
+    latents: Latents
     estimated_bits: float  # nan if not asked for
 
 
@@ -140,7 +142,7 @@ def encode_view(
         exif=image.exif,
     )
     data = pack(Stream(header, latents.hyper, latents.slices))
-    return EncodedView(data, latents.y_hat, latents.estimated_bits)
+    return EncodedView(data, latents.latents, latents.estimated_bits)
 
 
 def _analysed(model: Model, x: Tensor, basis: Tensor, most: int) -> Tensor:
@@ -201,11 +203,12 @@ def decode_set(
         )
     )
     results = _decoded(model, streams, max_memory)
-    decoded: list[tuple[Tensor, Stream]] = []
+    decoded: list[tuple[Latents, Stream]] = []
     for k, stream in enumerate(streams):
         result = results[k]
         if not isinstance(result, MvcodecError):
-            decoded.append((result[0].float(), result[1]))
+            latents, kept = result
+            decoded.append((latents._replace(y_hat=latents.y_hat.float()), kept))
         elif on_failure is None:
             raise result
         else:
@@ -215,7 +218,7 @@ def decode_set(
     return views_of(
         model,
         [stream for _, stream in decoded],
-        [y_hat for y_hat, _ in decoded],
+        [latents for latents, _ in decoded],
         joint=joint,
         refine=refine,
         max_memory=max_memory,
@@ -227,7 +230,7 @@ def decode_set(
 def views_of(
     model: Model,
     streams: Sequence[Stream],
-    latents: Sequence[Tensor],
+    latents: Sequence[Latents],
     *,
     joint: bool = True,
     refine: bool = True,
@@ -235,11 +238,11 @@ def views_of(
     max_peers: int | None = None,
     maps: bool = False,
 ) -> list[DecodedView]:
-    """What `decode_set` makes of integers: streams and the y_hat of each, [1, M, h_k, w_k] -> views, in that order."""
+    """What `decode_set` makes of integers: streams and what was decoded of each -> views, in that order."""
     qualities = torch.tensor([s.header.quality / 100 for s in streams], dtype=torch.float32)
     qualities = to_device(qualities, model.device)
     known = [s.damage is None or not s.damage.missing for s in streams]
-    sizes = [(y.shape[2], y.shape[3]) for y in latents]
+    sizes = [(view.y_hat.shape[2], view.y_hat.shape[3]) for view in latents]
     views: dict[int, DecodedView] = {}
     for group in in_frames(sizes) if joint else [list(range(len(sizes)))]:
         pictures, weights, drawn = reconstruct(
@@ -289,12 +292,12 @@ def in_frames(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 def _decoded(
     model: Model, streams: Sequence[Stream], max_memory: int | None
-) -> dict[int, tuple[Tensor, Stream] | MvcodecError]:
+) -> dict[int, tuple[Latents, Stream] | MvcodecError]:
     """`decode_intact` of all: on a GPU those of one size together, on a processor beside each other."""
     room, cpu = pixels_in_walks(max_memory), model.device.type == "cpu"
     walks = same_size(streams, min(room, FEW), torch.get_num_threads()) if cpu else same_size(streams, room)
 
-    def decode(walk: Walk) -> dict[int, tuple[Tensor, Stream] | MvcodecError]:
+    def decode(walk: Walk) -> dict[int, tuple[Latents, Stream] | MvcodecError]:
         return dict(zip(walk.places, decode_intact(model, [streams[k] for k in walk.places]), strict=True))
 
     found = beside(decode, walks, model.device, room // max(walk.pixels for walk in walks))
@@ -312,7 +315,7 @@ class Reconstruction(NamedTuple):
 @torch.inference_mode()
 def reconstruct(
     model: Model,
-    latents: Sequence[Tensor],
+    latents: Sequence[Latents],
     qualities: Tensor,
     joint: bool = True,
     refine: bool = True,
@@ -321,13 +324,13 @@ def reconstruct(
     maps: bool = False,
     known: Sequence[bool] | None = None,
 ) -> Reconstruction:
-    """y_hat of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD.
+    """Latents of K views, each [1, M, h_k, w_k] -> pictures [3, 16 h_k, 16 w_k] in [0, 1], by Para-JD.
 
     known: of which views all integers have been read (default: of all); what is guessed of the others binds nothing.
     """
     net = model.net
     basis = hat_basis(qualities, net.config.quality_knots)  # [K, knots]
-    scaled = [y.float() * net.gain.inverse(b[None]) for y, b in zip(latents, basis, strict=True)]
+    scaled = [view.y_hat.float() * net.gain.inverse(b[None]) for view, b in zip(latents, basis, strict=True)]
     sizes = [(y.shape[2], y.shape[3]) for y in scaled]
     groups = [list(range(len(sizes)))] if joint else of_one_size(sizes)
     decoded: list[Tensor] = [torch.empty(0)] * len(sizes)
@@ -410,48 +413,62 @@ def cleaned(refinement: AlignedRefinement, pictures: Tensor, qualities: Tensor, 
     return tiled(refinement, clean, pictures, most).float().clamp_(0, 1)
 
 
+class _Left(NamedTuple):
+    """Of a view that was drawn back, for when peers have changed it: [1, M, h, w] in quantiser steps."""
+
+    elsewhere: Tensor  # of y less y_hat, what the KLT of the picture does not say
+    before: Tensor  # y less y_hat before it was drawn back, half precision
+    apart: Tensor  # and after
+
+
 class _Cells:
     """Draws decoded pictures of one view back into the cells of its y_hat, in place, where they lie in a common frame.
 
     frame: [3, H, W] in [0, 1], whose top left part the view fills;
-    y_hat [1, M, h, w], its quality [1] and basis [1, knots]; most: so many pixels at a time; helped: peers may change
+    latents, quality [1] and basis [1, knots] of the view; most: so many pixels at a time; helped: peers may change
     what was drawn back.
     """
 
     def __init__(
-        self, model: Model, y_hat: Tensor, basis: Tensor, quality: Tensor, most: int, helped: bool = False
+        self, model: Model, latents: Latents, basis: Tensor, quality: Tensor, most: int, helped: bool = False
     ) -> None:
-        self.model, self.y_hat, self.basis, self.quality = model, y_hat, basis, quality
+        self.model, self.latents, self.basis, self.quality = model, latents, basis, quality
         self.most, self.helped = most, helped
-        self.elsewhere: Tensor | None = None  # of y - y_hat, what the KLT of the picture does not say
+        self.left: _Left | None = None
 
     def draw_back(self, frame: Tensor) -> None:
-        """By the curves of lone views."""
+        """By the curves of lone views, and what the file tells of each coefficient."""
         net, picture = self.model.net, self._picture(frame)
         if net.cells is None or net.cell_synthesis is None:
             return
         with torch.autocast(self.model.device.type, enabled=False):
-            apart = _analysed(self.model, picture, self.basis, self.most).sub_(self.y_hat.float())
-            astray = net.cells(apart, self.basis)
+            before = _analysed(self.model, picture, self.basis, self.most).sub_(self.latents.y_hat.float())
+            astray = net.cells(before, self.basis, self._told(), self.quality)
             self._take(astray, picture)
             if self.helped:
-                self.elsewhere = apart.sub_(astray).sub_(self._klt(picture))
+                apart = before - astray
+                self.left = _Left(apart - self._klt(picture), before.half(), apart.half())
 
     def draw_back_again(self, frame: Tensor) -> None:
-        """By the plain curve, once peers have changed what `draw_back` left.
+        """Once peers have changed what `draw_back` left.
 
         They change so little that the blocks of g_a hardly answer: y follows by the KLT alone, a hundredth of the work.
         """
-        if self.elsewhere is None:
+        if self.left is None:
             return
         net, picture = self.model.net, self._picture(frame)
         assert net.cells is not None
         with torch.autocast(self.model.device.type, enabled=False):
-            apart = self._klt(picture).add_(self.elsewhere)
-            self._take(net.cells.plain(apart, self.quality), picture)
+            apart = self._klt(picture).add_(self.left.elsewhere)
+            change = apart - self.left.apart
+            self._take(net.cells.after_peers(apart, self.left.before, change, self._told(), self.quality), picture)
+
+    def _told(self) -> Told:
+        ln_sigma = to_device(torch.from_numpy(SIGMAS).log().float(), self.latents.scales.device)
+        return Told(self.latents.symbols, ln_sigma[self.latents.scales.int()])
 
     def _picture(self, frame: Tensor) -> Tensor:
-        height, width = self.y_hat.shape[2:]
+        height, width = self.latents.y_hat.shape[2:]
         return _own(frame, (height, width))[None]
 
     def _klt(self, picture: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Everything up to there is exact arithmetic (exact/), the same on every machine. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +32,7 @@ from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import band_of, bits, gaussian_bits
 from mvcodec.nn.para_em import CodeStep
-from mvcodec.parahydra import PAD_MULTIPLE
+from mvcodec.parahydra import PAD_MULTIPLE, ModelConfig
 from mvcodec.tiling import USUAL
 from mvcodec.transfers import Fetched, fetched, to_device
 from mvcodec.weights import Model
@@ -41,6 +41,7 @@ Done = TypeVar("Done")
 
 MU_GRID = 64  # mu is a multiple of 1 / MU_GRID
 LATENT_STRIDE, HYPER_STRIDE = 16, PAD_MULTIPLE  # pixels per y, per z
+SMALL = (-127, 127)  # symbols that are kept for what comes after decoding
 ELSEWHERE = ("cuda",)  # devices whose networks leave the processor to the coder
 
 
@@ -100,12 +101,20 @@ def _sixty_fourths(y_hat: Tensor) -> NDArray[np.int32]:
     return fetched((y_hat * MU_GRID).to(torch.int32)).astype("<i4", copy=False)
 
 
+class Latents(NamedTuple):
+    """What a file says of one view's y, [1, M, h, w] each."""
+
+    y_hat: Tensor  # float64, exact multiples of 1/64
+    symbols: Tensor  # int8: those beyond are taken for the largest there are
+    scales: Tensor  # uint8, which of SIGMAS
+
+
 class EncodedLatents(NamedTuple):
     """What the file carries, what the decoder makes of it, and what it costs in theory."""
 
     hyper: bytes
     slices: tuple[Slice, ...]
-    y_hat: Tensor  # [1, M, h, w]
+    latents: Latents
     estimated_bits: float  # -log2 p of its integers under the densities that training minimised; nan if not asked
 
 
@@ -135,11 +144,14 @@ def encode_latents(
         tables = _hyper_index(z_hat.shape, t, config.hyper_bands)
         hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), tables, model)
 
+        told = _Told(config)
+
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
             symbols = quantised(parts[step], mu, index)
             if seen is not None:
                 symbols = symbols * seen[step]
+            told.add(symbols, index)
             coming = Fetched(torch.stack((symbols.short(), index.short())))
             sections.append(coder.submit(_encode_section, coming, model))
             if estimate:
@@ -153,7 +165,22 @@ def encode_latents(
         coded = coded[: max((i for i, part in enumerate(coded) if any(one.holds for one in part)), default=0) + 1]
     checks = slice_checks(model, y_hat, len(coded))
     slices = tuple(Slice(tuple(one.section for one in part), check) for part, check in zip(coded, checks, strict=True))
-    return EncodedLatents(first, slices, y_hat, sum(estimates))
+    return EncodedLatents(first, slices, Latents(y_hat, *told.in_place()), sum(estimates))
+
+
+class _Told:
+    """What each step coded, in small."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.steps: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, symbols: Tensor, scales: Tensor) -> None:
+        self.steps.append((symbols.clamp(*SMALL).to(torch.int8), scales.to(torch.uint8)))
+
+    def in_place(self) -> Iterator[Tensor]:
+        """Symbols and scales of all views, [B, M, h, w] each."""
+        return (self.config.in_place(parts) for parts in zip(*self.steps, strict=True))
 
 
 class _Coded(NamedTuple):
@@ -177,8 +204,8 @@ def finish(sections: list[Future[Done]]) -> list[Done]:
     return [section.result() for section in sections]
 
 
-def decode_latents(model: Model, stream: Stream) -> Tensor:
-    """The sections of one file -> y_hat [1, M, h, w] float64 on the model's device.
+def decode_latents(model: Model, stream: Stream) -> Latents:
+    """The sections of one file -> what they say of y, on the model's device.
 
     Slices that a damaged file has lost are replaced by their expectation mu. Raises BitstreamError for sections
     that no encoder writes, DesyncError where the integers are not those that were encoded.
@@ -213,14 +240,14 @@ def same_size(streams: Sequence[Stream], most: int, walks: int = 1) -> list[Walk
     return found
 
 
-def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | MvcodecError]:
-    """`decode_latents` of views of one size in one walk: of each its y_hat, or what is wrong with it.
+def decode_together(model: Model, streams: Sequence[Stream]) -> list[Latents | MvcodecError]:
+    """`decode_latents` of views of one size in one walk: of each its latents, or what is wrong with it.
 
     A GPU is then as busy with all as with one, and their sections are decoded beside one another, a thread for each
     view. Each is coded once more, to see that it is the code of its symbols: with a GPU, while the network goes on with
     them. What one view holds changes no integer of another.
     """
-    found: dict[int, Tensor | MvcodecError] = {}
+    found: dict[int, Latents | MvcodecError] = {}
     opened: list[_Opened] = []
     for place, stream in enumerate(streams):
         try:
@@ -229,17 +256,21 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Tensor | Mv
             found[place] = error
     if not opened:
         return list(found.values())
+    told = _Told(model.net.config)
     with ThreadPoolExecutor(max_workers=2 * len(opened)) as coders:
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
-            return mu + to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device)
+            symbols = to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device)
+            told.add(symbols, index)
+            return mu + symbols
 
         z_hat = to_device(torch.from_numpy(np.concatenate([view.z_hat for view in opened])), model.device)
         y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)
         verify_sections(opened)
-    for view, decoded in zip(opened, y_hat.split(1), strict=True):
-        found[view.place] = view.verified(decoded)
+    views = zip(*(x.split(1) for x in (y_hat, *told.in_place())), strict=True)
+    for view, decoded in zip(opened, views, strict=True):
+        found[view.place] = view.verified(Latents(*decoded))
     return [found[place] for place in range(len(streams))]
 
 
@@ -309,10 +340,10 @@ class _Opened:
         # The section's own CRC was right: the coder went astray because (mu, sigma) differ.
         self.wrong = _WrongIntegers(self.slice_of[step], f"{error}; its parameters differ from the encoder's")
 
-    def verified(self, y_hat: Tensor) -> Tensor | MvcodecError:
-        """y_hat [1, M, h, w] if the checks of all slices that were decoded are those of the encoder."""
+    def verified(self, latents: Latents) -> Latents | MvcodecError:
+        """They themselves if the checks of all slices that were decoded are those of the encoder."""
         stream = self.stream
-        checks = slice_checks(self.model, y_hat, stream.count)
+        checks = slice_checks(self.model, latents.y_hat, stream.count)
         whole = len(stream.slices) if self.wrong is None else self.wrong.slice
         for i, (found, part) in enumerate(zip(checks[:whole], stream.slices, strict=False)):
             if len(part.sections) == self.passes[i] and found != part.check:
@@ -320,18 +351,18 @@ class _Opened:
                 return _WrongIntegers(i, f"{sentence}; the two machines' arithmetic differs")
         if self.wrong is None and stream.version == 3 and stream.damage is None and max(self.holding, 1) < stream.count:
             return BitstreamError("the last slice of the file holds nothing")
-        return self.wrong or y_hat
+        return self.wrong or latents
 
 
-def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Tensor, Stream] | MvcodecError]:
-    """`decode_together` for files that may be damaged -> each one's y_hat and the stream that it really stands for.
+def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Latents, Stream] | MvcodecError]:
+    """`decode_together` for files that may be damaged -> each one's latents and the stream that it really stands for.
 
     A section's CRC-8 misses one random damage in 256. The check of the decoded integers then finds it, and the file
     is cut before that slice, as if its CRC had been wrong; `damage` says so. Where already slice 0 fails, the
     hyper-latent may be what is damaged: nothing is certain any more, and the file is refused with BitstreamError.
     A file that was read as intact is never cut: its wrong integers are a DesyncError.
     """
-    results: list[tuple[Tensor, Stream] | MvcodecError] = []
+    results: list[tuple[Latents, Stream] | MvcodecError] = []
     for stream, first in zip(streams, decode_together(model, streams), strict=True):
         kept, found = stream, first
         while isinstance(found, _WrongIntegers) and kept.damage is not None:

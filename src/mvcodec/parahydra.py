@@ -6,8 +6,10 @@ x --g_a--> y --gain--> y q --h_a--> z --round--> z_hat --h_s--> Phi_h --Para-EM-
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,8 @@ from mvcodec.exact.arithmetic import Float
 from mvcodec.nn import hyperprior as hp
 from mvcodec.nn import transforms as tf
 from mvcodec.nn.aligned_refinement import AlignedRefinement
-from mvcodec.nn.checkerboard import passes
+from mvcodec.nn.checkerboard import assembled, passes
+from mvcodec.nn.coefficient_estimate import Told
 from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import QualityGain, hat_basis, log_gain_reference
 from mvcodec.nn.para_em import ParaEM
@@ -100,6 +103,11 @@ class ModelConfig:
         slices = y.chunk(self.slices, dim=-3) if y.shape[-3] > 1 else [y] * self.slices
         return [part for i, full in enumerate(slices) for part in passes(full, self.anchor_lattice and i == 0)]
 
+    def in_place(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inverse of `coding_order` of a y."""
+        rest = iter(parts)
+        return torch.cat([assembled(list(islice(rest, self.passes_of(i)))) for i in range(self.slices)], dim=-3)
+
     def passes_of(self, index: int) -> int:
         """Coding steps of a slice."""
         return 4 if self.anchor_lattice and index == 0 else 2
@@ -179,12 +187,20 @@ def config_for(profile: str, **changes: Any) -> ModelConfig:
     return replace(PROFILES[profile], **changes)
 
 
+class Cells(NamedTuple):
+    """Where pictures lay before they were drawn back into the cells of their integers."""
+
+    apart: Tensor  # y less y_hat, [B K, M, h, w]
+    told: Told
+
+
 class TrainingOutput(NamedTuple):
     """One forward pass in training."""
 
     pictures: Tensor  # [B, K, 3, H, W]
     bits: Tensor  # [B, K], estimated
     decoded: Tensor  # pictures before they were cleaned
+    cells: Cells | None = None  # where pictures were drawn back
 
 
 class ParaHydra(nn.Module):
@@ -267,9 +283,10 @@ class ParaHydra(nn.Module):
         if rate:
             integers = not isinstance(self.para_em.arithmetic, Float)  # which have no room in bfloat16
             with torch.autocast(y.device.type, enabled=False) if integers else nullcontext():
-                y_hat, bits = self._entropy(y, t.flatten())
+                y_hat, bits, told = self._entropy(y, t.flatten())
         else:
-            y_hat, bits = hp.straight_through(y, y.round()), torch.zeros_like(t).flatten()
+            assert not constrain
+            y_hat, bits, told = hp.straight_through(y, y.round()), torch.zeros_like(t).flatten(), None
         if not decode:
             return TrainingOutput(pictures, bits.unflatten(0, (batch, views)), pictures)
         scaled = y_hat * self.gain.inverse(basis)
@@ -277,16 +294,17 @@ class ParaHydra(nn.Module):
         x_hat = x_hat.float()
         if constrain:  # here and below in [0, 1], as the decoder has it
             x_hat = x_hat.clamp(0, 1)
-        decoded = x_hat
+        decoded, cells = x_hat, None
         if clean and self.refinement is not None:
             x_hat = self.refinement.clean(x_hat.flatten(0, 1), t.flatten())[0].reshape(x_hat.shape)
-        if constrain and self.cells is not None and (coarse := self.cell_synthesis) is not None:
+        if told is not None and constrain and self.cells is not None and (coarse := self.cell_synthesis) is not None:
             cleaned = x_hat.flatten(0, 1).clamp(0, 1)
-            again = self.g_a(cleaned, basis).float() * self.gain.gain(basis)
+            cells = Cells(self.g_a(cleaned, basis).float() * self.gain.gain(basis) - y_hat, told)
             with torch.autocast(y.device.type, enabled=False):
-                back = correction(coarse, self.cells(again - y_hat, basis), self.gain.inverse(basis))
+                astray = self.cells(cells.apart, basis, told, t.flatten())
+                back = correction(coarse, astray, self.gain.inverse(basis))
             x_hat = (cleaned - back).reshape(x_hat.shape)
-        return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)), decoded)
+        return TrainingOutput(x_hat, bits.unflatten(0, (batch, views)), decoded, cells)
 
     @property
     def cell_synthesis(self) -> tf.KltSynthesisCoarse | None:
@@ -297,21 +315,23 @@ class ParaHydra(nn.Module):
         coarse = self.para_jd.coarse
         return coarse if self.refinement is not None and isinstance(coarse, tf.KltSynthesisCoarse) else None
 
-    def _entropy(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _entropy(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Told]:
         """y [B, M, h, w], t [B] -> y_hat as the decoder will have it, bits of each view [B] (Eq. (2), (3))."""
         z = self.h_a(y).float()
         total = hp.bits(self.z_prior.likelihood(hp.noisy(z), t))
         hyper = self.h_s(hp.straight_through(z, z.round()))
         steps = self.config.coding_order(y)
+        told: list[tuple[Tensor, Tensor]] = []
 
         def code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
             nonlocal total
             residual, ln_sigma = steps[step] - mu.float(), ln_sigma.float()
             with torch.no_grad():
                 symbols = rounded(residual, threshold(ln_sigma))
+                told.append((symbols, ln_sigma.detach()))
             total = total + hp.gaussian_bits(residual, symbols, ln_sigma)
             return hp.straight_through(residual, symbols) + mu.float()
 
         low, high = log_gain_reference(0), log_gain_reference(1)
         y_hat = self.para_em(hyper, low + (high - low) * t, code)
-        return y_hat, total
+        return y_hat, total, Told(*(self.config.in_place(parts) for parts in zip(*told, strict=True)))

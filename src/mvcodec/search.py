@@ -178,17 +178,14 @@ class _Costs:
 
         latents: Tensor = self.para_em(self.hyper, self.ln_gain, code)
         cost = sum(self._slices(bits), self._error(latents))
-        gradient = self._whole(torch.autograd.grad(cost.sum(), y_hat))
-        up, down, coded = (self._whole(parts) for parts in zip(*others, strict=True))
+        gradient = self.config.in_place(torch.autograd.grad(cost.sum(), y_hat))
+        up, down, coded = (self.config.in_place(parts) for parts in zip(*others, strict=True))
         return _State(target, latents.detach(), gradient, up, down, coded, cost.detach())
 
     def _slices(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """What belongs to each coding step -> to each slice."""
         rest = iter(parts)
         return [assembled(list(islice(rest, self.config.passes_of(i)))) for i in range(self.config.slices)]
-
-    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(self._slices(parts), dim=1)
 
     def curvature(self, y_hat: Tensor, generator: torch.Generator) -> Tensor:
         """Second derivative of the error by one latent of each channel [1, M, 1, 1], on the mean over its positions.

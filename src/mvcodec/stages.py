@@ -21,10 +21,12 @@ from mvcodec.weights import Model
 
 OTHER = "other"
 MODULES = {"g_a": "g_a", "h_a": "h_a", "h_s": "h_s", "para_em": "Para-EM", "para_jd": "Para-JD", "refinement": "refine"}
-FUNCTIONS = [
+FUNCTIONS: list[tuple[Any, str, str]] = [
     (codec, "to_unit", "to tensor"),
     (codec, "to_image", "to picture"),
     (codec, "cleaned", "refine"),
+    (codec._Cells, "draw_back", "cells"),
+    (codec._Cells, "draw_back_again", "cells"),
     (codec, "pack", "container"),
     (codec, "unpack", "parse"),
     (entropy, "encode", "coder"),

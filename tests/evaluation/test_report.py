@@ -237,7 +237,7 @@ def test_views_that_no_common_frame_holds_are_decoded_as_by_decode(tiny_model, t
 
     def seen(model, latents, qualities, joint, *options):
         if joint:
-            frames.append([tuple(y.shape[2:]) for y in latents])
+            frames.append([tuple(view.y_hat.shape[2:]) for view in latents])
         return reconstruct(model, latents, qualities, joint, *options)
 
     monkeypatch.setattr(codec, "reconstruct", seen)

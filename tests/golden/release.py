@@ -28,7 +28,7 @@ def released(model: Model) -> tuple[bytes, dict[str, str]]:
     picture = read(sorted(shipped("examples/nineveh").glob("*.webp"))[0])
     data = encode_image(model, Image(picture.pixels[:HEIGHT, :WIDTH].copy()), QUALITY, camera_id="golden")
     with torch.inference_mode():
-        integers = integers_sha256(decode_latents(model, unpack(data)))
+        integers = integers_sha256(decode_latents(model, unpack(data)).y_hat)
     return data, {"model_id": model.id.hex(), "integers_sha256": integers}
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from mvcodec.codec import _Cells, decode_set, encode_image
 from mvcodec.images import Image
+from mvcodec.latents import Latents
 from mvcodec.nn import aligned_refinement
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.quantisation_constraint import REACH, SHARE, QuantisationConstraint, correction
@@ -19,7 +20,7 @@ def test_what_is_within_reach_stays_at_first_and_of_the_rest_a_share_goes_back()
         share = SHARE[0] + quality * (SHARE[1] - SHARE[0])
         expected = share * torch.tensor([0.0, 0.0, 0.25, -1.0, 0.0])
         cells = QuantisationConstraint(5, 4)
-        torch.testing.assert_close(cells(apart, hat_basis(t, 4)).flatten(), expected)
+        torch.testing.assert_close(cells.curve(apart, hat_basis(t, 4)).flatten(), expected)
         torch.testing.assert_close(cells.plain(apart, t).flatten(), expected)
 
 
@@ -30,7 +31,7 @@ def test_each_channel_has_a_curve_of_its_own_at_each_knot():
         cells.share.copy_(torch.tensor([[1.0, 1.0], [2.0, 1.0]]))
         cells.slope.copy_(torch.tensor([[0.0, 0.1], [0.0, -0.1]]))
     for quality, expected in ((0.0, [0.4, -0.3 - 0.05]), (1.0, [0.4, 0.05])):
-        found = cells(apart, hat_basis(torch.tensor([quality]), 2))
+        found = cells.curve(apart, hat_basis(torch.tensor([quality]), 2))
         torch.testing.assert_close(found.flatten(), torch.tensor(expected))
 
 
@@ -121,8 +122,9 @@ def test_a_changed_picture_is_drawn_back_as_if_it_had_been_analysed(tiny_model):
     with torch.inference_mode():
         picture = 0.3 + 0.4 * torch.rand(1, 3, 64, 96)  # nothing is clamped
         y_hat = net.g_a(picture, basis) * gain + torch.rand(1, net.config.latent_channels, 4, 6) - 0.5
+        latents = Latents(y_hat, *(torch.zeros_like(y_hat, dtype=kind) for kind in (torch.int8, torch.uint8)))
         for most in (10**6, 32 * 32):  # in one piece, in tiles
-            cells = _Cells(tiny_model, y_hat, basis, quality, most, helped=True)
+            cells = _Cells(tiny_model, latents, basis, quality, most, helped=True)
             drawn = picture[0].clone()
             cells.draw_back(drawn)
             assert (drawn - picture[0]).abs().max() > 0.001

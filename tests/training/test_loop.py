@@ -248,7 +248,7 @@ def test_rate_warms_up_and_decays(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": "both"}, "none of single, decoder, refine, joint, quantise"),
+        ({"stage": "both"}, "none of single, decoder, refine, cells, joint, quantise"),
         ({"stage": "quantise"}, "stage quantise needs a checkpoint or model file"),
         ({"stage": "decoder"}, "stage decoder needs a checkpoint or model file"),
         ({"stage": "decoder", "parallax": 0.3}, "--parallax is nothing that stage decoder knows"),

@@ -65,8 +65,9 @@ def fits(parameter: click.Parameter, value: object) -> bool:
     expose_value=False,
     callback=from_file,
     metavar="NAME|FILE",
-    help="Settings from a TOML file or a shipped one (fast-single, fast-decoder, fast-refine, fast-joint,"
-    " fast-quantise, paper-single, paper-joint). Its keys are the options' names; options given here go before.",
+    help="Settings from a TOML file or a shipped one (fast-single, fast-decoder, fast-refine, fast-cells,"
+    " fast-joint, fast-quantise, paper-single, paper-joint). Its keys are the options' names; options given here go"
+    " before.",
 )
 @click.option("--profile", type=click.Choice(["fast", "paper", "tiny"]), default="fast", show_default=True)
 @click.option(
@@ -75,7 +76,8 @@ def fits(parameter: click.Parameter, value: object) -> bool:
     default="single",
     show_default=True,
     help="single: all, on lone views; decoder: the same without what fixes the bits; refine: the aligned refinement"
-    " with peers; joint: Para-JD's fusions, on sets of views; quantise: the entropy model, rounded as it will be.",
+    " with peers; cells: what integers tell of the error left; joint: Para-JD's fusions, on sets of views; quantise:"
+    " the entropy model, rounded as it will be.",
 )
 @click.option(
     "--out",
@@ -146,12 +148,13 @@ def fits(parameter: click.Parameter, value: object) -> bool:
 def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
     """Train weights on DATA_DIR, a folder of scenes, each a folder of overlapping pictures of one place.
 
-    First what a lone view uses, then its decoder by itself, then the refinement with peers:
+    First what a lone view uses, then its decoder by itself, then the refinement with peers, then what integers tell:
 
     \b
         mvcodec train scenes/ --config fast-single --out runs/a
         mvcodec train scenes/ --config fast-decoder --out runs/b --start-from runs/a/checkpoint.pt
         mvcodec train scenes/ --config fast-refine --out runs/c --start-from runs/b/checkpoint.pt
+        mvcodec train scenes/ --config fast-cells --out runs/d --start-from runs/c/checkpoint.pt
 
     Interrupting is safe: the checkpoint is written, and --resume goes on as if nothing had happened. Several
     processes train as one under torchrun: torchrun --nproc-per-node 4 -m mvcodec train ...

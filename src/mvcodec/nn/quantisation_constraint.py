@@ -12,6 +12,9 @@ wrong, so the cells are made narrower (Park and Kim, "Theory of projection onto 
 1999). How narrow, what share of the excess goes back, and how wrong what lies inside is, differ from channel to channel
 and with quality: three numbers each, learned by stage `decoder` on lone views. No peer needs to be trusted for this: it
 bounds what they may do. What peers have changed was drawn back before, and errs otherwise: the `plain` curve serves it.
+
+Where the weights hold them, networks that know more of each coefficient than its channel follow the curve of lone
+views, and take the plain one's place (coefficient_estimate.py; stage `cells`).
 """
 
 from typing import Any
@@ -20,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvcodec.nn.coefficient_estimate import REACH, CoefficientEstimate, Told
 from mvcodec.nn.transforms import BLOCK, KltSynthesisCoarse
 
 # The plain curve, where all channels begin: on training scenes the mean of y - y_hat, given where the decoded picture
-# has its y, turns back from about this reach.
-REACH = 0.36  # of a quantiser step
+# has its y, turns back from about REACH.
 SHARE = (0.7, 1.15)  # of the excess, at quality 0 and 1
 
 
@@ -35,34 +38,69 @@ class QuantisationConstraint(nn.Module):
         super().__init__()
         for name, values in _beginning(channels, knots).items():
             self.register_parameter(name, nn.Parameter(values))
+        # Weights that hold them bring them along, as they do `AlignedRefinement.steady`.
+        self.alone: CoefficientEstimate | None
+        self.helped: CoefficientEstimate | None
+        self.register_module("alone", None)
+        self.register_module("helped", None)
 
     log_reach: Tensor
     share: Tensor
     slope: Tensor
 
-    def forward(self, apart: Tensor, basis: Tensor) -> Tensor:
+    def forward(self, apart: Tensor, basis: Tensor, told: Told, quality: Tensor) -> Tensor:
         """What is astray in y [K, M, h, w] of decoded pictures that is `apart` from the y_hat they were decoded from.
 
-        basis [K, knots]: of `gain.hat_basis`.
+        basis [K, knots]: of `gain.hat_basis`, for quality [K] in [0, 1].
         """
+        astray = self.curve(apart, basis)
+        return astray if self.alone is None else astray - self.alone(told, quality, apart - astray, apart)
+
+    def curve(self, apart: Tensor, basis: Tensor) -> Tensor:
+        """The same by the curve of each channel alone."""
         log_reach, share, slope = (
             (basis @ values)[:, :, None, None] for values in (self.log_reach, self.share, self.slope)
         )
         return slope * apart + share * _excess(apart, log_reach.exp())
 
+    def after_peers(self, apart: Tensor, before: Tensor, change: Tensor, told: Told, quality: Tensor) -> Tensor:
+        """The same, once peers have made a `change` to pictures that were `apart - change` when drawn back.
+
+        before: what they were apart before that.
+        """
+        if self.helped is None:
+            return self.plain(apart, quality)
+        return -self.helped(told, quality, apart, before, change)
+
     @staticmethod
     def plain(apart: Tensor, quality: Tensor) -> Tensor:
-        """The same by the curve that all channels begin with; quality [K] in [0, 1]."""
+        """By the curve that all channels begin with; quality [K] in [0, 1]."""
         low, high = SHARE
         share = (low + (high - low) * quality)[:, None, None, None]
         return share * _excess(apart, REACH)
 
+    def estimate(self, helped: bool) -> CoefficientEstimate:
+        """The network for pictures that peers have helped, or for those of lone views; a new one if there is none."""
+        found = self.helped if helped else self.alone
+        if found is None:
+            found = CoefficientEstimate(self.share.shape[1], helped).to(self.share.device)
+            if helped:
+                self.helped = found
+            else:
+                self.alone = found
+        return found
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Older weights have all channels as they begin."""
+        """Older weights have all channels as they begin, and no networks."""
         if not any(name.startswith(prefix) for name in state_dict):
             knots, channels = self.share.shape
             found = _beginning(channels, knots)
             state_dict.update({f"{prefix}{name}": values for name, values in found.items()})
+        for helped, part in enumerate(("alone", "helped")):
+            if any(name.startswith(f"{prefix}{part}.") for name in state_dict):
+                self.estimate(bool(helped))
+            else:
+                self.register_module(part, None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -18,9 +18,9 @@ else:
     import tomli as tomllib
 
 
-STAGES = ("single", "decoder", "refine", "joint", "quantise")
-LOOP = tuple(stage for stage in STAGES if stage != "refine")  # those of loop.py
-LATER = ("decoder", "refine", "quantise")  # that make no sense from nothing
+STAGES = ("single", "decoder", "refine", "cells", "joint", "quantise")
+LOOP = tuple(stage for stage in STAGES if stage not in ("refine", "cells"))  # those of loop.py
+LATER = ("decoder", "refine", "cells", "quantise")  # that make no sense from nothing
 KNOWN_TO = {  # settings that not every stage knows
     **dict.fromkeys(
         ("validation", "validate_every", "compile", "optimizer", "workers", "crop", "crop_width", "jitter"), LOOP

@@ -133,6 +133,8 @@ class Trainer:
             self.model.gain.log_inverse.requires_grad_(True)
         if self.model.cells is not None:  # of no use where pictures are not drawn back
             self.model.cells.requires_grad_(self.config.stage == "decoder")
+            for estimate in self.model.cells.children():  # stage `cells` has these
+                estimate.requires_grad_(False)
         self.model.para_jd.fusions.requires_grad_(False)  # gains are zero: nothing to learn alone
         if self.model.refinement is not None:
             self.model.refinement.requires_grad_(False)
@@ -334,8 +336,8 @@ def check(config: TrainConfig) -> None:
 def train(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Path:
     """Run `config`, resuming from its folder's checkpoint if there is one; returns the checkpoint's path.
 
-    progress: with bars; quiet: without lines on validation and phases, too. Stage refine may end without a checkpoint
-    where `minutes` are few.
+    progress: with bars; quiet: without lines on validation and phases, too. Stages refine and cells may end without a
+    checkpoint where `minutes` are few.
     """
     for name in (config.data, config.validation):
         if name and Path(config.run_dir).resolve().is_relative_to(Path(name).resolve()):
@@ -346,6 +348,10 @@ def train(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Pa
         from mvcodec.training.refinement import refine
 
         return refine(config, progress, quiet)
+    if config.stage == "cells":
+        from mvcodec.training.cells import learn_cells
+
+        return learn_cells(config, progress, quiet)
     if config.validation:
         refuse_overlap(Path(config.data), Path(config.validation))
     trainer = Trainer(config, progress, quiet)

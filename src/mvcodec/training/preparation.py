@@ -40,6 +40,8 @@ SPOTS = 4  # examples per view
 BEYOND = 0.1  # of the scale of qualities: drawn from so much more at both ends, and clipped
 PAIRS, EXAMPLES = "pairs", "examples"  # folders of a run, for what is prepared
 STEADY = "steady.safetensors"  # in PAIRS: the network that has learned from them
+ESTIMATE = "estimate.safetensors"  # the same of stage `cells`
+LEARNED = (STEADY, ESTIMATE)
 MARK = "of.txt"  # in each of them: the fingerprint of what it was prepared of
 FORM = 2  # of an example: others are prepared anew
 
@@ -134,6 +136,10 @@ def _spots(consistency: Tensor, count: int, rng: np.random.Generator) -> Iterato
         yield max(corners, key=lambda c: float(consistency[c[0] : c[0] + CROP, c[1] : c[1] + CROP].mean()))
 
 
+class OutOfTime(Exception):
+    """The run's minutes are over before all is prepared."""
+
+
 class Watch(NamedTuple):
     """Who looks on while a run prepares."""
 
@@ -216,16 +222,16 @@ def only_of(folder: Path, fingerprint: str) -> Path:
     mark = folder / MARK
     if not mark.exists() or mark.read_text() != fingerprint:
         for old in folder.glob("*.safetensors"):
-            if old.stem.isdecimal() or old.name == STEADY:
+            if old.stem.isdecimal() or old.name in LEARNED:
                 old.unlink()
         with atomic(mark) as file:
             file.write(fingerprint.encode())
     return folder
 
 
-def refuse_foreign(run: Path) -> None:
-    """UsageError where a folder that this stage would fill holds something and was not marked by `only_of`."""
-    for name in (PAIRS, EXAMPLES):
+def refuse_foreign(run: Path, names: tuple[str, ...]) -> None:
+    """UsageError where a folder that a stage would fill holds something and was not marked by `only_of`."""
+    for name in names:
         folder = run / name
         if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(

@@ -40,7 +40,18 @@ from mvcodec.training.config import TrainConfig, check_settings, learning_rate
 from mvcodec.training.curves import append_rows, draw_if_possible
 from mvcodec.training.losses import check_distortion, distortion_of
 from mvcodec.training.optimizers import FiniteSteps
-from mvcodec.training.preparation import CROP, PARTS, SIDES, Example, Watch, prepare, refuse_foreign
+from mvcodec.training.preparation import (
+    CROP,
+    EXAMPLES,
+    PAIRS,
+    PARTS,
+    SIDES,
+    Example,
+    OutOfTime,
+    Watch,
+    prepare,
+    refuse_foreign,
+)
 
 TRAINED_CROP = {"mse": 128, "ms-ssim": CROP}  # of the examples as trained: five scales need all there is
 HARM_WEIGHT = 2.0
@@ -123,11 +134,7 @@ def check(config: TrainConfig) -> None:
         raise UsageError("stage refine runs in one process; start it without torchrun")
     check_distortion(config.distortion)
     check_settings(config)
-    refuse_foreign(Path(config.run_dir))
-
-
-class OutOfTime(Exception):
-    """The run's minutes are over before all is prepared."""
+    refuse_foreign(Path(config.run_dir), (PAIRS, EXAMPLES))
 
 
 def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> Path:
