@@ -34,6 +34,7 @@ from mvcodec.transfers import fetched, to_device
 from mvcodec.weights import Model
 
 OnFailure = Callable[[Header, MvcodecError], None]
+HALF = (-6e4, 6e4)  # what half precision holds; only a file that no picture gives goes beyond
 MOST_FRAME = 4  # upright and lying pictures of a camera fit a frame of 2
 
 
@@ -447,7 +448,7 @@ class _Cells:
             self._take(astray, picture)
             if self.helped:
                 apart = before - astray
-                self.left = _Left(apart - self._klt(picture), before.half(), apart.half())
+                self.left = _Left(apart - self._klt(picture), *(x.clamp(*HALF).half() for x in (before, apart)))
 
     def draw_back_again(self, frame: Tensor) -> None:
         """Once peers have changed what `draw_back` left.

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image as pil
 
 from mvcodec.codec import decode_set, encode_image
 from mvcodec.errors import UsageError
@@ -111,6 +112,18 @@ def test_lessons_of_lone_views_outlive_another_run_of_stage_refine(config, tmp_p
     train(replace(config, start_from=str(tmp_path / "other.pt")), progress=False)
     same = {file.parent.name: file.stat().st_mtime_ns == then for file, then in kept.items()}
     assert same == {"alone": True, "helped": False}
+
+
+def test_without_peers_what_they_change_is_left_to_the_plain_curve(config, tmp_path, capsys):
+    for n in range(2):
+        path = tmp_path / "lone" / str(n) / "view.png"
+        path.parent.mkdir(parents=True)
+        pil.fromarray(smooth_picture(160, 192, seed=n)).save(path)
+    capsys.readouterr()
+    after = torch.load(train(replace(config, data=str(tmp_path / "lone"), steps=2), progress=False), weights_only=True)
+    assert "no two views of a scene help each other" in capsys.readouterr().err
+    assert any(name.startswith("cells.alone.") for name in after["ema"])
+    assert not any(name.startswith("cells.helped.") for name in after["ema"])
 
 
 def test_what_it_cannot_do_is_refused(config, tmp_path, monkeypatch):

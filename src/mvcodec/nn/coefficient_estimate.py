@@ -76,9 +76,12 @@ class CoefficientEstimate(nn.Module):
             *(change.abs().clamp(max=2) for change in found[2:]),
         )
         same = self.of_channel[channels] + self.of_quality(torch.stack((quality, (quality - 0.5).abs()), -1))[:, None]
-        same = same.view(len(quality), -1, *[1] * (apart.ndim - 2), HIDDEN)
-        x = F.leaky_relu(self.first(torch.stack(contexts, dim=-1)) + same, 0.1, inplace=True)
-        x = F.leaky_relu(self.second(x), 0.1, inplace=True)
-        terms = torch.stack((apart, apart - apart.clamp(-REACH, REACH), ways, *found[1:]), dim=-1)
-        estimate: Tensor = (self.last(x) * terms).sum(dim=-1)
-        return estimate
+        same = same.permute(2, 0, 1).reshape(HIDDEN, len(quality), -1, *[1] * (apart.ndim - 2))
+        # Coefficients last: such products take half the time of `nn.Linear` on rows of so few numbers.
+        x = (self.first.weight @ torch.stack(contexts).flatten(1)).view(HIDDEN, *apart.shape) + same
+        x = F.leaky_relu(x, 0.1, inplace=True).flatten(1)
+        x = F.leaky_relu(self.second.weight @ x + self.second.bias[:, None], 0.1, inplace=True)
+        shares = (self.last.weight @ x + self.last.bias[:, None]).view(-1, *apart.shape)
+        terms = (apart, apart - apart.clamp(-REACH, REACH), ways, *found[1:])
+        estimate, *others = (share * term for share, term in zip(shares, terms, strict=True))
+        return sum(others, estimate)

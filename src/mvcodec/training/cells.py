@@ -236,11 +236,19 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
             learner = deepcopy(estimate).cpu()
             estimate.requires_grad_(False)
             say(f"stage cells: decoding {'sets of views' if helped else 'views'}, {SETS[bool(helped)]} windows")
-            lessons_ = read_lessons(prepare(net, scenes, folder, bool(helped), config.seed, watch))
-            if not lessons_:
-                raise UsageError(f"{data}: no two views of a scene show the same: nothing to learn from")
-            say(f"stage cells: {config.steps} steps on {len(lessons_)} views")
-            losses = learn(learner, lessons_, config, progress)
+            taught = read_lessons(prepare(net, scenes, folder, bool(helped), config.seed, watch))
+            if not taught and not helped:
+                raise UsageError(
+                    f"{data}: no picture is {PAD_MULTIPLE}x{PAD_MULTIPLE} or larger: nothing to learn from"
+                )
+            if not taught:
+                say(
+                    "stage cells: no two views of a scene help each other; what peers change is left to the plain curve"
+                )
+                net.cells.helped = None
+                continue
+            say(f"stage cells: {config.steps} steps on {len(taught)} views")
+            losses = learn(learner, taught, config, progress)
             first = 1 + helped * config.steps
             append_rows(run / "log.csv", [{"step": first + n, "loss": x} for n, x in enumerate(losses)])
             save_tensors(learner.state_dict(), folder / ESTIMATE)
