@@ -25,7 +25,7 @@ def test_shipped_settings_are_read_by_name():
         ("step = 3", "unknown setting 'step'; known: batch, "),
         ("steps 3", "is not TOML"),
         (b"\xff\xfe", "is not TOML"),
-        (None, "no such file, and none of fast-decoder, "),
+        (None, "no such file, and none of fast-cells, fast-decoder, "),
     ],
 )
 def test_mistakes_are_told(tmp_path, text, message):
