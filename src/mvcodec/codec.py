@@ -61,7 +61,7 @@ class EncodedView:
     """A .phv file, and what only its encoder knows without decoding it again."""
 
     data: bytes
-    latents: Latents
+    latents: Callable[[], Latents]
     estimated_bits: float  # nan if not asked for
 
 
@@ -127,7 +127,7 @@ def encode_view(
             return to_unit(to_device(x[..., rows, columns], model.device))
 
         y = better_latents(model, y, z, quality / 100, effort, picture, (image.height, image.width))
-    latents = encode_latents(model, y, z, quality / 100, estimate, shown((image.height, image.width), y))
+    coded = encode_latents(model, y, z, quality / 100, estimate, shown((image.height, image.width), y))
     header = Header(
         model_id=model.id,
         profile=net.config.profile,
@@ -142,8 +142,8 @@ def encode_view(
         icc=image.icc,
         exif=image.exif,
     )
-    data = pack(Stream(header, latents.hyper, latents.slices))
-    return EncodedView(data, latents.latents, latents.estimated_bits)
+    data = pack(Stream(header, coded.hyper, coded.slices))
+    return EncodedView(data, coded.latents, coded.estimated_bits)
 
 
 def _analysed(model: Model, x: Tensor, basis: Tensor, most: int) -> Tensor:

@@ -8,11 +8,11 @@ Everything up to there is exact arithmetic (exact/), the same on every machine. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -114,8 +114,9 @@ class EncodedLatents(NamedTuple):
 
     hyper: bytes
     slices: tuple[Slice, ...]
-    latents: Latents
+    y_hat: Tensor  # [1, M, h, w]
     estimated_bits: float  # -log2 p of its integers under the densities that training minimised; nan if not asked
+    latents: Callable[[], Latents]  # put together when asked: a camera never asks
 
 
 def encode_latents(
@@ -144,16 +145,15 @@ def encode_latents(
         tables = _hyper_index(z_hat.shape, t, config.hyper_bands)
         hyper = coder.submit(_encode_hyper, Fetched(z_hat.short()), tables, model)
 
-        told = _Told(config)
+        steps: list[Tensor] = []
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
             symbols = quantised(parts[step], mu, index)
             if seen is not None:
                 symbols = symbols * seen[step]
-            told.add(symbols, index)
-            coming = Fetched(torch.stack((symbols.short(), index.short())))
-            sections.append(coder.submit(_encode_section, coming, model))
+            steps.append(torch.stack((symbols.short(), index.short())))
+            sections.append(coder.submit(_encode_section, Fetched(steps[-1]), model))
             if estimate:
                 estimates.append(gaussian_bits(symbols, symbols, ln_sigma).item())
             return symbols + mu
@@ -165,22 +165,18 @@ def encode_latents(
         coded = coded[: max((i for i, part in enumerate(coded) if any(one.holds for one in part)), default=0) + 1]
     checks = slice_checks(model, y_hat, len(coded))
     slices = tuple(Slice(tuple(one.section for one in part), check) for part, check in zip(coded, checks, strict=True))
-    return EncodedLatents(first, slices, Latents(y_hat, *told.in_place()), sum(estimates))
+    return EncodedLatents(first, slices, y_hat, sum(estimates), partial(_told, config, y_hat, steps))
 
 
-class _Told:
-    """What each step coded, in small."""
+def _told(config: ModelConfig, y_hat: Tensor, steps: Sequence[Tensor]) -> Latents:
+    """steps: symbols and indices of scales as each step coded them, [2, B, C, ..] int16."""
+    symbols, scales = config.in_place(steps)
+    return Latents(y_hat, small(symbols), scales.to(torch.uint8))
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.steps: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, symbols: Tensor, scales: Tensor) -> None:
-        self.steps.append((symbols.clamp(*SMALL).to(torch.int8), scales.to(torch.uint8)))
-
-    def in_place(self) -> Iterator[Tensor]:
-        """Symbols and scales of all views, [B, M, h, w] each."""
-        return (self.config.in_place(parts) for parts in zip(*self.steps, strict=True))
+def small(symbols: Tensor) -> Tensor:
+    """As `Latents` has them."""
+    return symbols.clamp(*SMALL).to(torch.int8)
 
 
 class _Coded(NamedTuple):
@@ -256,19 +252,19 @@ def decode_together(model: Model, streams: Sequence[Stream]) -> list[Latents | M
             found[place] = error
     if not opened:
         return list(found.values())
-    told = _Told(model.net.config)
+    steps: list[Tensor] = []
     with ThreadPoolExecutor(max_workers=2 * len(opened)) as coders:
 
         def code(step: int, raw_mu: Tensor, ln_sigma: Tensor) -> Tensor:
             mu, index = snap(raw_mu, ln_sigma, model.sigma_thresholds)
             symbols = to_device(decode_sections(opened, step, Fetched(index.int()).wait(), coders), mu.device)
-            told.add(symbols, index)
+            steps.append(torch.stack((symbols.short(), index.short())))
             return mu + symbols
 
         z_hat = to_device(torch.from_numpy(np.concatenate([view.z_hat for view in opened])), model.device)
         y_hat = walk(model, z_hat, [view.stream.header.quality / 100 for view in opened], code)
         verify_sections(opened)
-    views = zip(*(x.split(1) for x in (y_hat, *told.in_place())), strict=True)
+    views = zip(*(x.split(1) for x in _told(model.net.config, y_hat, steps)), strict=True)
     for view, decoded in zip(opened, views, strict=True):
         found[view.place] = view.verified(Latents(*decoded))
     return [found[place] for place in range(len(streams))]

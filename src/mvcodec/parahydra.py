@@ -103,10 +103,14 @@ class ModelConfig:
         slices = y.chunk(self.slices, dim=-3) if y.shape[-3] > 1 else [y] * self.slices
         return [part for i, full in enumerate(slices) for part in passes(full, self.anchor_lattice and i == 0)]
 
+    def by_slice(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What belongs to each coding step -> to each slice."""
+        rest = iter(parts)
+        return [assembled(list(islice(rest, self.passes_of(i)))) for i in range(self.slices)]
+
     def in_place(self, parts: Sequence[Tensor]) -> Tensor:
         """Inverse of `coding_order` of a y."""
-        rest = iter(parts)
-        return torch.cat([assembled(list(islice(rest, self.passes_of(i)))) for i in range(self.slices)], dim=-3)
+        return torch.cat(self.by_slice(parts), dim=-3)
 
     def passes_of(self, index: int) -> int:
         """Coding steps of a slice."""

@@ -16,8 +16,7 @@ contexts, the bits of all later symbols; H is the error's curvature, per channel
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvcodec.exact.arithmetic import FLOAT, use
-from mvcodec.nn.checkerboard import assembled
 from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain, hat_basis, rate_distortion_lambda
 from mvcodec.nn.hyperprior import LN_SIGMA_BOUND, gaussian_likelihood
@@ -177,15 +175,10 @@ class _Costs:
             return y_hat[-1]
 
         latents: Tensor = self.para_em(self.hyper, self.ln_gain, code)
-        cost = sum(self._slices(bits), self._error(latents))
+        cost = sum(self.config.by_slice(bits), self._error(latents))
         gradient = self.config.in_place(torch.autograd.grad(cost.sum(), y_hat))
         up, down, coded = (self.config.in_place(parts) for parts in zip(*others, strict=True))
         return _State(target, latents.detach(), gradient, up, down, coded, cost.detach())
-
-    def _slices(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """What belongs to each coding step -> to each slice."""
-        rest = iter(parts)
-        return [assembled(list(islice(rest, self.config.passes_of(i)))) for i in range(self.config.slices)]
 
     def curvature(self, y_hat: Tensor, generator: torch.Generator) -> Tensor:
         """Second derivative of the error by one latent of each channel [1, M, 1, 1], on the mean over its positions.

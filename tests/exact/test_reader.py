@@ -189,7 +189,7 @@ def test_a_file_of_fewer_slices_than_the_model_has(tmp_path, lattice_model):
     header = Header(lattice_model.id, "tiny", 42, 192, 128)
     data = pack(Stream(header, latents.hyper, latents.slices))
     assert len(read_file(data).checks) == 2
-    assert np.array_equal(decoded(data, tensors, config), 64 * latents.latents.y_hat[0].numpy())
+    assert np.array_equal(decoded(data, tensors, config), 64 * latents.y_hat[0].numpy())
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

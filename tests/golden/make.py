@@ -103,7 +103,7 @@ def picture_is_stable(model: Model) -> bool:
         basis = hat_basis(torch.tensor([QUALITY / 100]), model.net.config.quality_knots)
         y = model.net.g_a(to_unit(samples(drawn_picture())), basis) * model.net.gain.gain(basis)
         z = model.net.h_a(y)
-        below, above = (encode_latents(model, y + d, z + d, QUALITY / 100).latents.y_hat for d in (-1e-4, 1e-4))
+        below, above = (encode_latents(model, y + d, z + d, QUALITY / 100).y_hat for d in (-1e-4, 1e-4))
     return torch.equal(below, above)
 
 
@@ -113,7 +113,7 @@ def facts_of(model: Model) -> dict[str, int | str]:
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "model_id": model.id.hex(),
-        "integers_sha256": integers_sha256(drawn_latents(model).latents.y_hat),
+        "integers_sha256": integers_sha256(drawn_latents(model).y_hat),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from mvcodec.training.checkpoint import Ema
+from mvcodec.training.config import TrainConfig
+from mvcodec.training.loop import train
 from tests.conftest import smooth_picture
 
 SHIFT = (16, 24)  # rows, columns: multiples of 8, the resolution of the global search
@@ -28,6 +31,14 @@ def scenes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(wide[top : top + 160, left : left + 192]).save(path)
     return folder
+
+
+@pytest.fixture
+def after_single(scenes_folder: Path, tmp_path: Path) -> TrainConfig:
+    """Of a run of a later stage, which is still to be named: it begins where one step of stage `single` ended."""
+    folder = str(tmp_path / "single")
+    single = TrainConfig(str(scenes_folder), folder, profile="tiny", steps=1, batch=1, crop=64, threads=1)
+    return replace(single, batch=2, crop=TrainConfig.crop, start_from=str(train(single, False)))
 
 
 @pytest.fixture

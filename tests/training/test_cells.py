@@ -21,14 +21,10 @@ from tests.conftest import smooth_picture
 
 
 @pytest.fixture
-def config(scenes_folder, tmp_path, monkeypatch):
+def config(after_single, tmp_path, monkeypatch):
     for name, value in {"WINDOW": 128, "SETS": {False: 3, True: 2}}.items():
         monkeypatch.setattr(cells, name, value)
-    single = TrainConfig(
-        data=str(scenes_folder), run_dir=str(tmp_path / "single"), profile="tiny", steps=1, batch=1, crop=64, threads=1
-    )
-    settings = {"stage": "cells", "run_dir": str(tmp_path / "cells"), "steps": 40, "batch": 2, "learning_rate": 4e-3}
-    return replace(single, **settings, crop=TrainConfig.crop, start_from=str(train(single, False)))
+    return replace(after_single, stage="cells", run_dir=str(tmp_path / "cells"), steps=40, learning_rate=4e-3)
 
 
 def test_only_the_two_networks_learn_and_the_model_id_stays(config, tmp_path, capsys):

@@ -10,7 +10,6 @@ from mvcodec.codec import decode_set, encode_image
 from mvcodec.errors import UsageError
 from mvcodec.images import Image
 from mvcodec.training import preparation, refinement, steadying
-from mvcodec.training.config import TrainConfig
 from mvcodec.training.export import export_checkpoint
 from mvcodec.training.loop import train
 from mvcodec.training.preparation import decode_alone, to_tensor
@@ -19,25 +18,14 @@ from tests.conftest import smooth_picture
 
 
 @pytest.fixture
-def config(scenes_folder, tmp_path, monkeypatch):
+def config(after_single, tmp_path, monkeypatch):
     for name, value in {"WINDOW": 128, "PAIR_WINDOW": 128, "CROP": 96, "SETS": 2}.items():
         monkeypatch.setattr(preparation, name, value)
     for name, value in {"CROP": 96, "TRAINED_CROP": {"mse": 64}}.items():
         monkeypatch.setattr(refinement, name, value)
     for name, value in {"TRIES": 2, "STEPS": 2, "OVERLAP": 0.0}.items():
         monkeypatch.setattr(steadying, name, value)
-    single = TrainConfig(
-        data=str(scenes_folder), run_dir=str(tmp_path / "single"), profile="tiny", steps=1, batch=1, crop=64, threads=1
-    )
-    return replace(
-        single,
-        stage="refine",
-        run_dir=str(tmp_path / "refine"),
-        steps=4,
-        batch=2,
-        crop=TrainConfig.crop,
-        start_from=str(train(single, False)),
-    )
+    return replace(after_single, stage="refine", run_dir=str(tmp_path / "refine"), steps=4)
 
 
 def test_only_the_refinement_learns_and_the_model_id_stays(config, tmp_path, capsys):

@@ -81,7 +81,7 @@ def _our_points(scene: Scene, model: Model, version: str, quality: float, effort
         for view in scene.views
     ]
     streams = [container.unpack(view.data) for view in coded]
-    latents = [view.latents for view in coded]
+    latents = [view.latents() for view in coded]
     points = []
     for name, joint in ((SEPARATE, False), (JOINT, True)):
         views = codec.views_of(model, streams, latents, joint=joint)

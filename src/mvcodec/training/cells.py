@@ -11,9 +11,6 @@ is frozen, and no bit moves. Networks as they decode are what counts: this stage
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict
@@ -26,12 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvcodec.errors import UsageError
+from mvcodec.latents import small
 from mvcodec.nn.coefficient_estimate import CoefficientEstimate
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.transforms import KltAnalysis
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.precision import autocast
-from mvcodec.training.checkpoint import load_weights, save_tensors, save_whole, start_of, to_resume
+from mvcodec.training.checkpoint import each_made_once, load_weights, save_tensors, save_whole, start_of, to_resume
 from mvcodec.training.config import TrainConfig, check_settings
 from mvcodec.training.curves import append_rows, draw_if_possible
 from mvcodec.training.data import Scene, load_scenes
@@ -46,6 +44,7 @@ from mvcodec.training.preparation import (
     only_of,
     overlapping_windows,
     refuse_foreign,
+    refuse_torchrun,
     to_tensor,
 )
 
@@ -114,7 +113,7 @@ def lessons(
         maps["error"] = wanted - fused
         places = torch.from_numpy(rng.permutation(before[0, 0].numel())[:PLACES]).to(device)
         kept = {name: x[0].flatten(1)[:, places].half().cpu() for name, x in maps.items()}
-        kept["symbols"] = kept["symbols"].clamp(-127, 127).to(torch.int8)
+        kept["symbols"] = small(kept["symbols"])
         energy = (target[i] - changed[i]).square().mean() * net.g_a.klt.weight[0].numel()  # of the error at a place
         yield {**kept, "weight": (1 / (gain[i].square() * (energy + 1e-9))).cpu(), "quality": t[0].cpu()}
 
@@ -130,23 +129,14 @@ def loss(estimate: CoefficientEstimate, lesson: Lesson, places: Tensor) -> Tenso
 
 
 def prepare(net: ParaHydra, scenes: list[Scene], folder: Path, helped: bool, seed: int, watch: Watch) -> list[Path]:
-    """One file of lessons for each window; files that exist are kept, an empty one stands for a window without any."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One file of lessons for each window that has any, by `each_made_once`."""
     order = np.random.default_rng(seed).permutation(len(scenes))
-    files = []
-    for n in tqdm(range(SETS[helped]), desc="decoding", disable=not watch.progress, leave=False):
-        file = folder / f"{n}.safetensors"
-        if not file.exists():
-            rng = np.random.default_rng((seed, n))
-            found = draw_lessons(net, scenes[order[n % len(scenes)]], helped, rng)
-            if found:
-                save_tensors({f"{i}.{name}": x for i, lesson in enumerate(found) for name, x in lesson.items()}, file)
-            else:
-                file.touch()
-            watch.made()
-        if file.stat().st_size:
-            files.append(file)
-    return files
+
+    def make(n: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        found = draw_lessons(net, scenes[order[n % len(scenes)]], helped, rng)
+        return {f"{i}.{name}": x for i, lesson in enumerate(found) for name, x in lesson.items()}
+
+    return each_made_once(folder, SETS[helped], seed, make, "decoding", watch.progress, watch.made)
 
 
 def read_lessons(files: list[Path]) -> list[Lesson]:
@@ -182,8 +172,7 @@ def learn(estimate: CoefficientEstimate, data: list[Lesson], config: TrainConfig
 
 def check(config: TrainConfig) -> None:
     """UsageError for settings that this stage does not know, before anything is loaded."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("stage cells runs in one process; start it without torchrun")
+    refuse_torchrun(config.stage)
     if config.distortion != "mse":
         raise UsageError(f"stage cells lowers squared error; it knows no distortion {config.distortion}")
     check_settings(config)
@@ -196,7 +185,7 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
     There is none where `minutes` ended before all was learned; what was prepared, and a network that has learned, stay,
     and a resumed run goes on from there.
     """
-    started = time.monotonic()
+    watch = Watch.of(config, progress, quiet)
     check(config)
     run, data = Path(config.run_dir), Path(config.data)
     checkpoint = run / "checkpoint.pt"
@@ -212,16 +201,7 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
     net.to(config.device).requires_grad_(False)
     net.cells.alone = net.cells.helped = None
 
-    def say(sentence: str) -> None:
-        if not quiet:
-            tqdm.write(sentence, file=sys.stderr)
-
-    def made() -> None:
-        if config.minutes and time.monotonic() - started > 60 * config.minutes:
-            raise OutOfTime
-
-    watch = Watch(progress, say, made)
-    say(f"stage cells: reading {data}")
+    watch.say(f"stage cells: reading {data}")
     scenes = load_scenes(data, progress)
     try:
         for helped, name in enumerate(FOLDERS):
@@ -235,19 +215,19 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
                 continue
             learner = deepcopy(estimate).cpu()
             estimate.requires_grad_(False)
-            say(f"stage cells: decoding {'sets of views' if helped else 'views'}, {SETS[bool(helped)]} windows")
+            watch.say(f"stage cells: decoding {'sets of views' if helped else 'views'}, {SETS[bool(helped)]} windows")
             taught = read_lessons(prepare(net, scenes, folder, bool(helped), config.seed, watch))
             if not taught and not helped:
                 raise UsageError(
                     f"{data}: no picture is {PAD_MULTIPLE}x{PAD_MULTIPLE} or larger: nothing to learn from"
                 )
             if not taught:
-                say(
+                watch.say(
                     "stage cells: no two views of a scene help each other; what peers change is left to the plain curve"
                 )
                 net.cells.helped = None
                 continue
-            say(f"stage cells: {config.steps} steps on {len(taught)} views")
+            watch.say(f"stage cells: {config.steps} steps on {len(taught)} views")
             losses = learn(learner, taught, config, progress)
             first = 1 + helped * config.steps
             append_rows(run / "log.csv", [{"step": first + n, "loss": x} for n, x in enumerate(losses)])

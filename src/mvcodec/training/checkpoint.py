@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mvcodec.errors import ModelError, MvcodecError, UsageError
 from mvcodec.files import atomic
@@ -83,6 +85,35 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """As a safetensors file, whole or not at all."""
     with atomic(path) as file:
         file.write(to_safetensors({name: x.contiguous() for name, x in tensors.items()}))
+
+
+def each_made_once(
+    folder: Path,
+    count: int,
+    seed: int,
+    make: Callable[[int, np.random.Generator], Mapping[str, Tensor] | None],
+    title: str,
+    progress: bool,
+    made: Callable[[], None],
+) -> list[Path]:
+    """Files of what `make` gives for 0 .. count - 1, each from a generator of its own; those that exist are kept.
+
+    made: called after each. One of which nothing comes leaves an empty file, so that it is not made again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for n in tqdm(range(count), desc=title, disable=not progress, leave=False):
+        file = folder / f"{n}.safetensors"
+        if not file.exists():
+            found = make(n, np.random.default_rng((seed, n)))
+            if found:
+                save_tensors(found, file)
+            else:
+                file.touch()
+            made()
+        if file.stat().st_size:
+            files.append(file)
+    return files
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:

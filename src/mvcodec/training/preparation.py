@@ -7,6 +7,10 @@ set of views -> decode each alone, clean, draw back into its cells -> align -> w
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +31,7 @@ from mvcodec.nn.steady_flow import SteadyFlow
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.precision import autocast
 from mvcodec.training import steadying
-from mvcodec.training.checkpoint import save_tensors
+from mvcodec.training.checkpoint import each_made_once, save_tensors
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.data import Picture, Scene, listing, load_scenes
 
@@ -144,8 +148,27 @@ class Watch(NamedTuple):
     """Who looks on while a run prepares."""
 
     progress: bool  # with bars
-    say: Callable[[str], None]  # told of each phase, which may take minutes
-    made: Callable[[], None]  # called after each piece of work, which is kept; may raise
+    quiet: bool
+    until: float  # of the monotonic clock
+
+    @staticmethod
+    def of(config: TrainConfig, progress: bool, quiet: bool) -> Watch:
+        """From now on."""
+        return Watch(progress, quiet, time.monotonic() + 60 * config.minutes if config.minutes else math.inf)
+
+    def say(self, sentence: str) -> None:
+        """Of each phase, which may take minutes."""
+        if not self.quiet:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def over(self) -> bool:
+        """Whether the run's minutes are."""
+        return time.monotonic() > self.until
+
+    def made(self) -> None:
+        """Called after each piece of work, which is kept: OutOfTime if the run's minutes are over."""
+        if self.over():
+            raise OutOfTime
 
 
 def steadied(
@@ -183,20 +206,15 @@ def cache(
     seed: int,
     watch: Watch,
 ) -> list[Path]:
-    """One file of examples per set of views; files that exist are kept. Scenes too small for a crop are left out."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One file of examples per set of views, by `each_made_once`. Scenes too small for a crop are left out."""
     order = np.random.default_rng(seed).permutation(len(scenes))
-    files = []
-    for n in tqdm(range(SETS), desc="decoding and aligning", disable=not watch.progress, leave=False):
-        rng = np.random.default_rng((seed, n))
+
+    def make(n: int, rng: np.random.Generator) -> Example | None:
         windows = overlapping_windows(scenes[order[n % len(scenes)]], WINDOW, rng)[: SIDES + 1]
-        if len(windows) < 2 or min(windows[0].shape[:2]) < CROP:
-            continue
-        file = folder / f"{n}.safetensors"
-        if not file.exists():
-            save_tensors(examples(windows, decoder, rng, steady=steady), file)
-            watch.made()
-        files.append(file)
+        small = len(windows) < 2 or min(windows[0].shape[:2]) < CROP
+        return None if small else examples(windows, decoder, rng, steady=steady)
+
+    files = each_made_once(folder, SETS, seed, make, "decoding and aligning", watch.progress, watch.made)
     if not files:
         raise UsageError(f"no scene has two views of one size, at least {CROP}x{CROP}: nothing to refine")
     return files
@@ -227,6 +245,12 @@ def only_of(folder: Path, fingerprint: str) -> Path:
         with atomic(mark) as file:
             file.write(fingerprint.encode())
     return folder
+
+
+def refuse_torchrun(stage: str) -> None:
+    """UsageError under torchrun, for a stage that knows nothing of other processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"stage {stage} runs in one process; start it without torchrun")
 
 
 def refuse_foreign(run: Path, names: tuple[str, ...]) -> None:

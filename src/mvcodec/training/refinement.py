@@ -10,8 +10,6 @@ The alignment has learned by then, so it is done once; training then sees plain 
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mvcodec.errors import UsageError
 from mvcodec.nn.aligned_refinement import AlignedRefinement, Peer
 from mvcodec.parahydra import ParaHydra
 from mvcodec.precision import autocast
@@ -51,6 +48,7 @@ from mvcodec.training.preparation import (
     Watch,
     prepare,
     refuse_foreign,
+    refuse_torchrun,
 )
 
 TRAINED_CROP = {"mse": 128, "ms-ssim": CROP}  # of the examples as trained: five scales need all there is
@@ -130,8 +128,7 @@ def loss(model: AlignedRefinement, batch: Example, distortion: str = "mse") -> L
 
 def check(config: TrainConfig) -> None:
     """UsageError for settings that this stage does not know, before anything is loaded."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("stage refine runs in one process; start it without torchrun")
+    refuse_torchrun(config.stage)
     check_distortion(config.distortion)
     check_settings(config)
     refuse_foreign(Path(config.run_dir), (PAIRS, EXAMPLES))
@@ -142,7 +139,7 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
 
     There is no checkpoint where `minutes` ended while the run prepared; what it has prepared stays.
     """
-    started = time.monotonic()
+    watch = Watch.of(config, progress, quiet)
     check(config)
     run = Path(config.run_dir)
     checkpoint = run / "checkpoint.pt"
@@ -166,19 +163,8 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
         refinement.get_submodule(part).requires_grad_(True)
     trained = [parameter for parameter in refinement.parameters() if parameter.requires_grad]
 
-    def over() -> bool:
-        return bool(config.minutes) and time.monotonic() - started > 60 * config.minutes
-
-    def say(sentence: str) -> None:
-        if not quiet:
-            tqdm.write(sentence, file=sys.stderr)
-
-    def made() -> None:
-        if over():
-            raise OutOfTime
-
     try:
-        steady, files = prepare(net, config, state is not None, Watch(progress, say, made))
+        steady, files = prepare(net, config, state is not None, watch)
     except OutOfTime:
         return checkpoint
     data = read_examples(files)
@@ -210,7 +196,7 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
         draw_if_possible(run)
         rows.clear()
 
-    say(f"stage refine: training, step {step} of {config.steps}")
+    watch.say(f"stage refine: training, step {step} of {config.steps}")
     saved, finite = time.monotonic(), FiniteSteps()
     rows: list[dict[str, float]] = []
     bar = tqdm(total=config.steps, initial=step, disable=not progress, unit="step")
@@ -236,7 +222,7 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save(rows)
                 saved = time.monotonic()
-            if over():
+            if watch.over():
                 break
     finally:
         if rows:

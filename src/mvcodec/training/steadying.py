@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mvcodec.nn.alignment import grey_values, sights
 from mvcodec.nn.filters import blur, gradient
 from mvcodec.nn.steady_flow import CELL, SteadyFlow, evidence
-from mvcodec.training.checkpoint import save_tensors
+from mvcodec.training.checkpoint import each_made_once
 from mvcodec.training.optimizers import FiniteSteps
 
 TRIES = 300  # pairs of windows, of which about half overlap; half a second of one core each
@@ -100,25 +100,13 @@ def prepare(
     progress: bool,
     made: Callable[[], None],
 ) -> list[Path]:
-    """One file for each pair of views that overlaps; files that exist are kept. draw: two views, if it finds any.
+    """One file for each pair of views that overlaps, by `each_made_once`. draw: two views, if it finds any."""
 
-    made: called after each try. One that gives no lesson leaves an empty file, so that it is not made again.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for n in tqdm(range(TRIES), desc="flow of coded and uncoded views", disable=not progress, leave=False):
-        file, rng = folder / f"{n}.safetensors", np.random.default_rng((seed, n))
-        if not file.exists():
-            views = draw(rng)
-            found = None if views is None else lesson(views, coder, rng)
-            if found is None:
-                file.touch()
-            else:
-                save_tensors(found, file)
-            made()
-        if file.stat().st_size:
-            files.append(file)
-    return files
+    def make(_: int, rng: np.random.Generator) -> Lesson | None:
+        views = draw(rng)
+        return None if views is None else lesson(views, coder, rng)
+
+    return each_made_once(folder, TRIES, seed, make, "flow of coded and uncoded views", progress, made)
 
 
 def learn(steady: SteadyFlow, files: list[Path], seed: int, progress: bool) -> None:
