@@ -116,6 +116,7 @@ def test_one_peer_at_a_time_is_the_softmax_over_all_of_them() -> None:
     expected = cleaned + _restore(reliable.amax(0).repeat(3, 1, 1) * residual, main)
     torch.testing.assert_close(fused.pictures, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fused.shares.mean((0, 2, 3, 4)), share.mean((1, 2, 3)))
+    torch.testing.assert_close(fused.shown, _restore(parts[0][None], main), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def test_inconsistent_peers_are_ignored_exactly(monkeypatch: pytest.MonkeyPatch)
     nothing = Sight([1, 2], torch.zeros(2, 2, *SIZE), torch.zeros(2, 1, *SIZE))
     alone = model(pictures, QUALITY, peers=False).pictures
     monkeypatch.setattr(aligned_refinement, "sights", lambda *_: [nothing])
-    assert torch.equal(model(pictures, QUALITY).pictures, alone)
+    assert torch.equal(model(pictures, QUALITY, finish=lambda *_: pytest.fail("nothing is shown")).pictures, alone)
     # also without the per-pair switch: the gate is per pixel
     cleaned, features = model.clean(pictures[:1], QUALITY[:1])
     peers = [Peer(pictures[n : n + 1], torch.zeros(1, 1, *SIZE), QUALITY[n : n + 1]) for n in (1, 2)]
@@ -142,7 +143,15 @@ def test_max_peers() -> None:
 @torch.no_grad()
 def test_tiles_change_nothing() -> None:
     model, pictures = scrambled(), views()
-    whole, tiled = model(pictures, QUALITY, maps=True), model(pictures, QUALITY, maps=True, most=80 * 80)
+    shown: list[tuple[int, Tensor]] = []
+    whole, tiled = (
+        model(pictures, QUALITY, maps=True, most=most, finish=lambda i, _, peers: shown.append((i, peers)))
+        for most in (None, 80 * 80)
+    )
+    assert [i for i, _ in shown] == 2 * list(range(len(pictures)))
+    assert all(x.abs().max() > 0.01 for _, x in shown)
+    for (_, x), (_, in_tiles) in zip(shown[: len(pictures)], shown[len(pictures) :], strict=True):
+        torch.testing.assert_close(in_tiles, x, atol=1e-4, rtol=0)
     torch.testing.assert_close(tiled.pictures, whole.pictures, atol=1e-4, rtol=0)
     torch.testing.assert_close(tiled.weights, whole.weights, atol=1e-4, rtol=0)
     assert (tiled.maps.int() - whole.maps.int()).abs().max() <= 1

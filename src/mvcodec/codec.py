@@ -356,6 +356,10 @@ def reconstruct(
             if n in cells:
                 cells[n].draw_back(frame)
 
+        def draw_back_again(n: int, frame: Tensor, shown: Tensor, cells: dict[int, _Cells] = cells) -> None:
+            if n in cells:
+                cells[n].draw_back_again(frame, shown)
+
         if together is None:
             beside(lambda view: draw_back(*view), list(enumerate(pictures)), model.device, most // pixels)
         else:
@@ -368,11 +372,10 @@ def reconstruct(
                     maps=maps,
                     most=most,
                     settle=draw_back,
+                    finish=draw_back_again,
                     call=model.graphs if pixels <= most else PLAIN,
                 )
             pictures, shares = refined.pictures, refined[1:]
-            changed = [(own, pictures[n]) for n, own in cells.items() if refined.weights[n, n] < 1]
-            beside(lambda view: view[0].draw_back_again(view[1]), changed, model.device, most // pixels)
         for k, picture in zip(group, pictures, strict=True):
             decoded[k] = _own(picture, sizes[k])
     return Reconstruction(decoded, *shares)
@@ -450,19 +453,24 @@ class _Cells:
                 apart = before - astray
                 self.left = _Left(apart - self._klt(picture), *(x.clamp(*HALF).half() for x in (before, apart)))
 
-    def draw_back_again(self, frame: Tensor) -> None:
-        """Once peers have changed what `draw_back` left.
+    def draw_back_again(self, frame: Tensor, shown: Tensor) -> None:
+        """Once peers have changed what `draw_back` left; shown: how what they show differs from that, [3, H, W].
 
         They change so little that the blocks of g_a hardly answer: y follows by the KLT alone, a hundredth of the work.
         """
-        if self.left is None:
+        left, self.left = self.left, None
+        if left is None:
             return
         net, picture = self.model.net, self._picture(frame)
         assert net.cells is not None
         with torch.autocast(self.model.device.type, enabled=False):
-            apart = self._klt(picture).add_(self.left.elsewhere)
-            change = apart - self.left.apart
-            self._take(net.cells.after_peers(apart, self.left.before, change, self._told(), self.quality), picture)
+            apart = self._klt(picture).add_(left.elsewhere)
+            if net.cells.helped is None:
+                astray = net.cells.plain(apart, self.quality)
+            else:
+                found = (apart, left.before, apart - left.apart, self._klt(self._picture(shown)))
+                astray = net.cells.helped(self._told(), self.quality, *found).neg_()
+            self._take(astray, picture)
 
     def _told(self) -> Told:
         ln_sigma = to_device(torch.from_numpy(SIGMAS).log().float(), self.latents.scales.device)

@@ -10,7 +10,7 @@ from torch import nn
 from mvcodec.codec import decode_set, encode_image
 from mvcodec.images import Image
 from mvcodec.nn import coefficient_estimate
-from mvcodec.nn.coefficient_estimate import CoefficientEstimate, Told
+from mvcodec.nn.coefficient_estimate import CoefficientEstimate, Told, magnitudes
 from mvcodec.nn.quantisation_constraint import QuantisationConstraint
 from mvcodec.weights import export_model, load_model, read_entropy_path
 from tests.conftest import smooth_picture
@@ -21,7 +21,7 @@ SHAPE = (2, 12, 6, 5)
 def drawn(helped: bool) -> tuple[Told, list[torch.Tensor]]:
     torch.manual_seed(1)
     told = Told(torch.randint(-3, 4, SHAPE).to(torch.int8), torch.randn(SHAPE))
-    return told, [torch.randn(SHAPE) for _ in range(2 + helped)]
+    return told, [torch.randn(SHAPE) for _ in range(2 + 2 * helped)]
 
 
 def bold(estimate: CoefficientEstimate) -> CoefficientEstimate:
@@ -44,18 +44,51 @@ def test_untrained_it_adds_nothing_and_parts_are_as_the_whole(helped, monkeypatc
     torch.testing.assert_close(estimate(told, quality, *maps), whole)
 
 
-def test_each_coefficient_is_by_itself_and_the_sign_is_nothing_to_it():
+@pytest.mark.parametrize("helped", [False, True])
+def test_the_sign_is_nothing_to_it(helped):
+    told, maps = drawn(helped)
+    quality = torch.tensor([0.2, 0.9])
+    estimate = bold(CoefficientEstimate(12, helped))
+    opposite = estimate(Told(-told.symbols, told.ln_sigma), quality, *(-x for x in maps))
+    torch.testing.assert_close(opposite, -estimate(told, quality, *maps))
+
+
+def test_each_place_is_by_itself():
     told, maps = drawn(True)
     quality = torch.tensor([0.2, 0.9])
     estimate = bold(CoefficientEstimate(12, True))
     whole = estimate(told, quality, *maps)
-    opposite = estimate(Told(-told.symbols, told.ln_sigma), quality, *(-x for x in maps))
-    torch.testing.assert_close(opposite, -whole)
-    maps[0] = maps[0].clone()
-    maps[0][1, 3, 2, 2] += 1
-    elsewhere = estimate(told, quality, *maps) != whole
+    maps[3] = maps[3].clone()
+    maps[3][1, 3, 2, 2] += 1
+    elsewhere = (estimate(told, quality, *maps) != whole).any(1)
     assert elsewhere.sum() == 1
-    assert elsewhere[1, 3, 2, 2]
+    assert elsewhere[1, 2, 2]
+
+
+def test_magnitudes_are_of_all_channels():
+    shape = (1, 40, 3, 2)
+    told = Told(torch.zeros(shape, dtype=torch.int8), torch.full(shape, -1.5))
+    told.symbols[:, 30:] = 2
+    found = 2 * torch.tensor([-1.0, 1.0]).repeat(20)[None, :, None, None].expand(shape)
+    expected = torch.tensor([np.log(0.251) / 2 + 1, np.log(4.001) / 2 + 1, -1.5])  # shares of symbols; found; ln sigma
+    torch.testing.assert_close(magnitudes(told, found)[0], expected.float()[:, None, None].expand(-1, 3, 2))
+
+
+@pytest.mark.parametrize("helped", [False, True])
+def test_what_older_weights_do_not_know_counts_for_nothing(helped):
+    """Those of before took neither `before` nor the place as a context, and not at all what peers show."""
+    told, maps = drawn(helped)
+    quality = torch.tensor([0.2, 0.9])
+    estimate = bold(CoefficientEstimate(12, helped))
+    older = dict(estimate.state_dict())
+    older["first.weight"] = older["first.weight"][:, : 7 + helped]
+    older |= {name: older[name][: 4 + helped] for name in ("last.weight", "last.bias")}
+    new = CoefficientEstimate(12, helped)
+    new.load_state_dict(older)
+    with torch.no_grad():  # the same written into the bold one
+        estimate.first.weight[:, 7 + helped :] = 0
+        estimate.last.weight[4 + helped :] = estimate.last.bias[4 + helped :] = 0
+    assert torch.equal(new(told, quality, *maps), estimate(told, quality, *maps))
 
 
 def test_weights_bring_the_networks_along_or_do_not():

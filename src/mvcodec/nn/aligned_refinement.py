@@ -67,10 +67,11 @@ class Other(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """Main views [B, 3, H, W] refined with peers, and each peer's share [B, S, 1, H, W]."""
+    """Main views [B, 3, H, W] refined with S peers."""
 
     pictures: Tensor
-    shares: Tensor
+    shares: Tensor  # of each peer, [B, S, 1, H, W]
+    shown: Tensor  # by the peers: how they differ from the main views, each by share and consistency, [B, 3, H, W]
 
 
 class _Residual(nn.Module):
@@ -125,13 +126,15 @@ class AlignedRefinement(nn.Module):
         maps: bool = False,
         most: int | None = None,
         settle: Callable[[int, Tensor], None] | None = None,
+        finish: Callable[[int, Tensor, Tensor], None] | None = None,
         call: Graphs = PLAIN,
     ) -> RefinedViews:
         """Refine K views [K, 3, H, W] in [0, 1] of qualities [K] in [0, 1], for use; training calls the parts.
 
         max_peers: each view is helped by its most consistent peers only. most: so many pixels go through the nets at a
         time (default: one view); views of more than that have even sides. settle: what is to become of cleaned view i
-        [3, H, W], in place, before others see it. call: what views go through in one piece can be replayed.
+        [3, H, W], in place, before others see it; finish: of one that peers have changed, given what they show
+        [3, H, W]. call: what views go through in one piece can be replayed.
         """
         views, _, height, width = pictures.shape
         most = height * width if most is None else most
@@ -160,6 +163,7 @@ class AlignedRefinement(nn.Module):
                 kept = [n for n in range(len(sight.peers)) if overlap[n] >= MIN_OVERLAP and able[n]]
                 chosen = [sight.peers[n] for n in kept]
                 given = torch.zeros(len(chosen), dtype=torch.float64)
+                shown = torch.empty_like(refined[i])
                 others = tuple(
                     Other(cleaned[j : j + 1], sight.flow[n][None], sight.consistency[n][None], quality[j : j + 1])
                     for n, j in zip(kept, chosen, strict=True)
@@ -168,6 +172,7 @@ class AlignedRefinement(nn.Module):
                 for rows, columns, fused in tiles:
                     place, inside = (..., rows.kept, columns.kept), (..., rows.inside, columns.inside)
                     refined[i][place].lerp_(fused.pictures[0][inside], belief[i]).clamp_(0, 1)
+                    shown[place] = fused.shown[0][inside]
                     shares = fused.shares[0, :, 0][inside].float()
                     given += shares.sum((1, 2)).cpu()
                     if drawn is not None:
@@ -175,6 +180,8 @@ class AlignedRefinement(nn.Module):
                         drawn[i, [*chosen, i], rows.kept, columns.kept] = (255 * every).round().byte().cpu()
                 weights[i, chosen] = (given / (height * width)).float()
                 weights[i, i] = 1 - weights[i, chosen].sum()
+                if finish is not None and weights[i, i] < 1:
+                    finish(i, refined[i], shown)
 
             found = enumerate(sights(cleaned, max_peers, self.steady, quality, steadied_at_once(most), call))
             at_once = fused_at_once(most, height * width, min(max_peers or views, views - 1))
@@ -243,14 +250,14 @@ class AlignedRefinement(nn.Module):
             strongest = reliable if first else torch.maximum(strongest, reliable)
             votes.append(vote)
         if not votes:
-            return Fused(main, main.new_zeros(len(main), 0, 1, *main.shape[-2:]))
+            return Fused(main, main.new_zeros(len(main), 0, 1, *main.shape[-2:]), torch.zeros_like(main))
         total = sum(votes[1:], votes[0])
         own = 1 / (1 + total)
         means = (_times(difference, own), feature / (1 + total).mean(1, keepdim=True).to(cast), total * own)
         residual = self.head(_stack((features, *means), cast))
         shares = torch.stack([_full(vote * own, main) for vote in votes], dim=1)
         refined = _restore(_times(residual.contiguous(), strongest), main).add_(main)
-        return Fused(refined, shares)
+        return Fused(refined, shares, _restore(means[0], main))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Older weights do not steady the flow, or hold a correction of it that the epipolar lines made worthless."""

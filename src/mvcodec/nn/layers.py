@@ -7,6 +7,7 @@ it is made of convolutions, sums and a leaky slope that is a power of two; no no
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -141,10 +142,10 @@ def folds(quality: Tensor) -> bool:
     return len(quality) == 1 and not torch.is_grad_enabled()
 
 
-def substituted(layer: Layer, parameters: dict[str, Tensor]) -> Layer:
+def substituted(layer: Layer, parameters: Mapping[str, Tensor | None]) -> Layer:
     """A layer with other parameters. Unlike torch's `functional_call` it leaves the layer itself to other threads."""
     twin = copy.copy(layer)
-    twin.__dict__["_parameters"] = parameters
+    twin.__dict__["_parameters"] = dict(parameters)
     return twin
 
 

@@ -63,18 +63,9 @@ class QuantisationConstraint(nn.Module):
         )
         return slope * apart + share * _excess(apart, log_reach.exp())
 
-    def after_peers(self, apart: Tensor, before: Tensor, change: Tensor, told: Told, quality: Tensor) -> Tensor:
-        """The same, once peers have made a `change` to pictures that were `apart - change` when drawn back.
-
-        before: what they were apart before that.
-        """
-        if self.helped is None:
-            return self.plain(apart, quality)
-        return -self.helped(told, quality, apart, before, change)
-
     @staticmethod
     def plain(apart: Tensor, quality: Tensor) -> Tensor:
-        """By the curve that all channels begin with; quality [K] in [0, 1]."""
+        """The same by the curve that all channels begin with, for what peers have changed; quality [K] in [0, 1]."""
         low, high = SHARE
         share = (low + (high - low) * quality)[:, None, None, None]
         return share * _excess(apart, REACH)

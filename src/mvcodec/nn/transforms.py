@@ -78,8 +78,8 @@ class KltAnalysis(nn.Module):
         return self.stage16(in_full(self.klt, self.stage8(x, quality)), quality)
 
     def linear(self, x: Tensor) -> Tensor:
-        """The KLT alone, without the blocks: by its difference a small change of the picture moves y."""
-        return in_full(self.klt, F.pixel_unshuffle(x, BLOCK))
+        """By how much a small change x of the picture moves y: the KLT alone, without blocks and offset."""
+        return in_full(substituted(self.klt, {"weight": self.klt.weight, "bias": None}), F.pixel_unshuffle(x, BLOCK))
 
     def _by_halves(self, x: Tensor, quality: Tensor) -> Tensor:
         """The same without ever shuffling back: the weights go into the order in which halving leaves the channels."""

@@ -5,8 +5,8 @@
     set of views -> decode, draw back with `alone`, align, fuse -> places of their latents     helped/
     places -> CoefficientEstimate `helped`
 
-Errors are taken in the KLT's coefficients, each by itself, so that all of it is least squares on kept numbers. All else
-is frozen, and no bit moves. Networks as they decode are what counts: this stage comes last.
+Errors are taken in the KLT's coefficients, so that all of it is least squares on kept numbers. All else is frozen, and
+no bit moves. Networks as they decode are what counts: this stage comes last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mvcodec.errors import UsageError
 from mvcodec.latents import small
-from mvcodec.nn.coefficient_estimate import CoefficientEstimate
+from mvcodec.nn.coefficient_estimate import CoefficientEstimate, Told
 from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.transforms import KltAnalysis
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
@@ -50,14 +50,15 @@ from mvcodec.training.preparation import (
 
 WINDOW = 384  # side of the part of a scene that is decoded
 SETS = {False: 300, True: 240}  # windows, of lone views and of sets: some 3 s of one core for each view
-MOST_VIEWS = 4  # of a set
+MOST_VIEWS = 6  # of a set
 PLACES = 192  # of a view's latents, kept with all their channels
 AT_ONCE = 32  # places of a view in a step
 HARM_WEIGHT = 1.0
 FOLDERS = ("alone", "helped")
-FORM = 1  # of a lesson: others are prepared anew
+FORM = 2  # of a lesson: others are prepared anew
+SEEN = ("symbols", "ln_sigma", "apart", "before", "change", "shown")  # as CoefficientEstimate takes them
 
-Lesson = dict[str, Tensor]  # places of one view: [M, P] each, `weight` [M], `quality` []
+Lesson = dict[str, Tensor]  # places of one view: SEEN and `error`, [M, P] each, `weight` [M], `quality` []
 
 
 def draw_lessons(net: ParaHydra, scene: Scene, helped: bool, rng: np.random.Generator) -> list[Lesson]:
@@ -90,27 +91,27 @@ def lessons(
         each = zip(target[:, None, None], quality[:, None, None], strict=True)
         found = [net(x, t, joint=False, fuse=False, constrain=True) for x, t in each]
         pictures = torch.cat([out.pictures[0].float().clamp(0, 1) for out in found])
-        changed, changes = pictures, [False] * len(target)
+        changed, shown = pictures, dict[int, Tensor]()
         if helped:
-            refined = net.refinement(
+            changed = net.refinement(
                 torch.cat([out.decoded[0].float() for out in found]),
                 quality,
                 settle=lambda i, frame: frame.copy_(pictures[i]),
-            )
-            changed, changes = refined.pictures, (refined.weights.diagonal() < 1).tolist()
+                finish=lambda i, _, peers: shown.update({i: peers}),
+            ).pictures
     gain = net.gain.gain(basis)[:, :, 0, 0]  # [K, M]
     for i, out in enumerate(found):
-        if helped and not changes[i]:
+        if helped and i not in shown:
             continue
         before, told, t = out.cells.apart, out.cells.told, quality[i : i + 1]
         steps = gain[i, :, None, None]
-        drawn_back, fused, wanted = (net.g_a.linear(x[i : i + 1]) * steps for x in (pictures, changed, target))
         apart = before - net.cells(before, basis[i : i + 1], told, t)
-        maps = {"symbols": told.symbols, "ln_sigma": told.ln_sigma, "apart": apart, "before": before}
+        seen = [told.symbols, told.ln_sigma, apart, before]
         if helped:
-            change = fused - drawn_back
-            maps |= {"apart": apart + change, "change": change}
-        maps["error"] = wanted - fused
+            change, show = (net.g_a.linear(x[None]) * steps for x in (changed[i] - pictures[i], shown[i]))
+            seen[2:] = [apart + change, before, change, show]
+        maps = dict(zip(SEEN, seen, strict=False))
+        maps["error"] = net.g_a.linear((target[i] - changed[i])[None]) * steps
         places = torch.from_numpy(rng.permutation(before[0, 0].numel())[:PLACES]).to(device)
         kept = {name: x[0].flatten(1)[:, places].half().cpu() for name, x in maps.items()}
         kept["symbols"] = small(kept["symbols"])
@@ -119,11 +120,11 @@ def lessons(
 
 
 def loss(estimate: CoefficientEstimate, lesson: Lesson, places: Tensor) -> Tensor:
-    """By how much the squared error of a view changes, relative to what it is; harm counts more."""
-    lesson = {name: x if x.ndim < 2 else x[None, :, places].float() for name, x in lesson.items()}
-    found = [lesson[name] for name in ("apart", "before", "change") if name in lesson]
-    told = estimate.of_channels(slice(None), lesson["quality"][None], lesson["symbols"], lesson["ln_sigma"], *found)
-    error = lesson["error"]
+    """By how much the squared error of a view changes in these places, relative to what it is; harm counts more."""
+    symbols, ln_sigma, *found, error = (
+        lesson[name][None, :, places].float() for name in (*SEEN, "error") if name in lesson
+    )
+    told = estimate(Told(symbols, ln_sigma), lesson["quality"][None], *found)
     change = (((error - told).square() - error.square()) * lesson["weight"][:, None]).sum() / len(places)
     return change + HARM_WEIGHT * change.clamp_min(0)
 
