@@ -11,8 +11,9 @@ STAMP := $(VENV)/.installed-with-$(shell cksum pyproject.toml | cut -d' ' -f1)
 demo: $(STAMP)
 	$(BIN)/mvcodec demo
 
+# The tests' tensors are tiny: threads would only wait for each other, two processes do not.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q # the tensors are tiny: more threads only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/mvcodec bench
