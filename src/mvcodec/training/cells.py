@@ -106,10 +106,10 @@ def lessons(
         before, told, t = out.cells.apart, out.cells.told, quality[i : i + 1]
         steps = gain[i, :, None, None]
         apart = before - net.cells(before, basis[i : i + 1], told, t)
-        seen = [told.symbols, told.ln_sigma, apart, before]
+        seen: tuple[Tensor, ...] = (*told, apart, before)
         if helped:
             change, show = (net.g_a.linear(x[None]) * steps for x in (changed[i] - pictures[i], shown[i]))
-            seen[2:] = [apart + change, before, change, show]
+            seen = (*told, apart + change, before, change, show)
         maps = dict(zip(SEEN, seen, strict=False))
         maps["error"] = net.g_a.linear((target[i] - changed[i])[None]) * steps
         places = torch.from_numpy(rng.permutation(before[0, 0].numel())[:PLACES]).to(device)
