@@ -55,19 +55,22 @@ class CoefficientEstimate(nn.Module):
         changed of it, and how far what they show is from what was drawn back.
         """
         place = magnitudes(told, *found)
+        of_place = self.first.weight[:, -place.shape[1] :] @ place.transpose(0, 1).flatten(1)
+        of_view = self.of_quality(torch.stack((quality, (quality - 0.5).abs()), -1)).T  # [hidden, K]
+        of_place = of_place.unflatten(1, (len(quality), -1)).add_(of_view[..., None])
         maps = (*told, *found)
         parts = []
         most = CACHED if place.device.type == "cpu" else AT_ONCE
         count = max(1, most * found[0].shape[1] // found[0].numel())
         for start in range(0, found[0].shape[1], count):
             channels = slice(start, start + count)
-            parts.append(self._of_channels(channels, quality, place, *(x[:, channels] for x in maps)))
+            parts.append(self._of_channels(channels, of_place, *(x[:, channels] for x in maps)))
         return torch.cat(parts, dim=1)
 
     def _of_channels(
-        self, channels: slice, quality: Tensor, place: Tensor, symbols: Tensor, ln_sigma: Tensor, *found: Tensor
+        self, channels: slice, of_place: Tensor, symbols: Tensor, ln_sigma: Tensor, *found: Tensor
     ) -> Tensor:
-        """Of these channels [K, C, ..]; place: `magnitudes` of all channels."""
+        """Of these channels [K, C, ..]; of_place: what the first layer has of quality and `magnitudes`, [.., K, P]."""
         symbols, ln_sigma, found = symbols.float(), ln_sigma.float(), tuple(x.float() for x in found)
         apart, before, ways, size = *found[:2], symbols.sign(), symbols.abs()
         contexts = (
@@ -81,15 +84,13 @@ class CoefficientEstimate(nn.Module):
             *(x.abs().clamp(max=2) for x in found[2:]),
             before.abs().clamp(max=1.5),
             (before * apart.sign()).clamp(-1, 1),
-            *(x[:, None].expand_as(apart) for x in place.unbind(1)),
         )
-        same = self.of_channel[channels] + self.of_quality(torch.stack((quality, (quality - 0.5).abs()), -1))[:, None]
-        same = same.permute(2, 0, 1).reshape(HIDDEN, len(quality), -1, *[1] * (apart.ndim - 2))
         # Coefficients last: such products take half the time of `nn.Linear` on rows of so few numbers.
-        x = (self.first.weight @ torch.stack(contexts).flatten(1)).view(HIDDEN, *apart.shape) + same
-        x = F.leaky_relu(x, 0.1, inplace=True).flatten(1)
-        x = F.leaky_relu(self.second.weight @ x + self.second.bias[:, None], 0.1, inplace=True)
-        shares = (self.last.weight @ x + self.last.bias[:, None]).view(-1, *apart.shape)
+        x = self.first.weight[:, : len(contexts)] @ torch.stack(contexts).flatten(1)
+        x = x.view(HIDDEN, *apart.shape[:2], -1).add_(of_place[:, :, None])
+        x = F.leaky_relu(x.add_(self.of_channel[channels].T[:, None, :, None]), 0.1, inplace=True).flatten(1)
+        x = F.leaky_relu((self.second.weight @ x).add_(self.second.bias[:, None]), 0.1, inplace=True)
+        shares = (self.last.weight @ x).add_(self.last.bias[:, None]).view(-1, *apart.shape)
         terms = (apart, apart - apart.clamp(-REACH, REACH), ways, *found[1:])
         estimate, *others = (share * term for share, term in zip(shares, terms, strict=True))
         return sum(others, estimate)
