@@ -65,7 +65,7 @@ def tiny_model(tiny_model_file: Path):
 
 @pytest.fixture(scope="session")
 def lattice_model(tmp_path_factory: pytest.TempPathFactory):
-    """The same with anchors of slice 0 on a lattice: it writes version 2 of the format."""
+    """The same with anchors of slice 0 on a lattice: it writes version 3 of the format."""
     from mvcodec.weights import load_model
 
     return load_model(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.safetensors", anchor_lattice=True))

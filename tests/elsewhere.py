@@ -135,17 +135,25 @@ class Graph:
     def __init__(self) -> None:
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.thread = 0
+        self.pool: Any = None
+        self.spoilt = False
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         if MACHINE.stream is MACHINE.default or MACHINE.recording is not None:
             raise RuntimeError("a graph is recorded on a stream of its own, and one at a time")
-        self.thread = threading.get_ident()
-        MACHINE.recording = self
+        if pool in MACHINE.left_open:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.thread, self.pool = threading.get_ident(), pool
+        MACHINE.recording, MACHINE.generator.capturing = self, True
 
     def capture_end(self) -> None:
         if MACHINE.recording is not self:
             raise RuntimeError("this graph is not being recorded")
         MACHINE.recording = None
+        if self.spoilt:  # CUDA says so first of all: neither pool nor random numbers learn that it is over
+            MACHINE.left_open.append(self.pool)
+            raise RuntimeError("operation failed due to a previous error during capture")
+        MACHINE.generator.capturing = False
         for _, args, kwargs, result in self.operations:
             given = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
             for x in tensors(result):
@@ -161,12 +169,28 @@ class Graph:
                         was.copy_(now)
 
 
+class Generator:
+    """Of random numbers, as far as recording concerns it."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+
+    def clone_state(self) -> Generator:
+        return Generator()
+
+    def graphsafe_set_state(self, state: Generator) -> None:
+        self.capturing = state.capturing
+
+
 class Machine:
     """The state of the device that is none."""
 
     def __init__(self) -> None:
         self.default = self.stream = Stream()
         self.recording: Graph | None = None
+        self.left_open: list[Any] = []  # pools of recordings that failed
+        self.pools = 0
+        self.generator = Generator()
         self.coming: list[Callable[[], Any]] = []  # copies that have not arrived
         self.lock = threading.Lock()
 
@@ -175,10 +199,19 @@ class Machine:
         graph = self.recording
         return graph if graph is not None and graph.thread == threading.get_ident() else None
 
+    def forbid(self, what: str) -> None:
+        """What may not be while a graph is recorded spoils the recording."""
+        if graph := self.taped():
+            graph.spoilt = True
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+    def pool(self) -> tuple[int, int]:
+        self.pools += 1
+        return 0, self.pools
+
     def arrive(self, coming: Sequence[Callable[[], Any]] | None = None) -> None:
         """Wait for the device."""
-        if self.taped():
-            raise RuntimeError("operation not permitted when stream is capturing: it waits for the device")
+        self.forbid("it waits for the device")
         with self.lock, torch.inference_mode(), _disable_current_modes():
             for copy in list(self.coming) if coming is None else coming:
                 if copy in self.coming:
@@ -203,11 +236,13 @@ class Machine:
         if rule.name == "aten.copy_.default":
             return self._copy(graph, func, args, plain, named)
         rule.check(args, there, here, graph is not None)
+        if goes and torch.Tag.nondeterministic_seeded in func.tags and graph is None and self.generator.capturing:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if device is not None:
             named["device"] = CPU
         named.pop("pin_memory", None)
-        if graph is not None and (not goes or (rule.crossing and not there)):
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func} copies from or to the CPU")
+        if not goes or (rule.crossing and not there):
+            self.forbid(f"{func} copies from or to the CPU")
         found = func(*plain, **named)
         if not goes:
             return found
@@ -226,8 +261,7 @@ class Machine:
                 graph.operations.append((func, plain, named, plain[0]))
             func(*plain, **named)
             return target
-        if graph is not None:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func} crosses")
+        self.forbid(f"{func} crosses")
         later = named.get("non_blocking") or (len(plain) > 2 and plain[2])
         if later and isinstance(source, Elsewhere) and getattr(target, "pinned", False):
             values = plain[1].clone()
@@ -272,9 +306,9 @@ class Rule:
         if not recording:
             return
         if self.waits or (self.indexing and self._chooses(args)):
-            raise RuntimeError(f"operation not permitted when stream is capturing: {self.name} waits for the device")
+            MACHINE.forbid(f"{self.name} waits for the device")
         if self.indexing and here:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {self.name} fetches from the CPU")
+            MACHINE.forbid(f"{self.name} fetches from the CPU")
 
     @staticmethod
     def _chooses(args: Any) -> bool:
@@ -449,7 +483,7 @@ def _on(stream: Stream) -> Iterator[None]:
 
 def _pinned(x: Tensor, device: Any = None) -> Tensor:
     assert not isinstance(x, Elsewhere), "only the CPU's memory can be pinned"
-    return x
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).copy_(x)  # no element may stand for several
 
 
 PRETENDED: dict[str, Any] = {
@@ -474,7 +508,8 @@ PRETENDED: dict[str, Any] = {
     "torch.cuda.current_stream": lambda device=None: MACHINE.stream,
     "torch.cuda.default_stream": lambda device=None: MACHINE.default,
     "torch.cuda.CUDAGraph": Graph,
-    "torch.cuda.graph_pool_handle": lambda: (0, 0),
+    "torch.cuda.graph_pool_handle": lambda: MACHINE.pool(),
+    "torch.cuda._get_generator": lambda device: MACHINE.generator,
     "torch.cuda.is_current_stream_capturing": lambda: MACHINE.taped() is not None,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "torch.Tensor.pin_memory": _pinned,

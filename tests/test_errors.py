@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 from mvcodec import errors
+from mvcodec.latents import _WrongIntegers
 
 
 def test_exit_codes_are_the_documented_ones() -> None:
@@ -33,6 +34,17 @@ def test_bitstream_error_names_the_byte() -> None:
     assert (str(error), error.offset) == ("CRC mismatch (at byte 1042)", 1042)
 
 
-def test_bitstream_error_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(errors.BitstreamError("CRC mismatch", 1042)))
-    assert (str(error), error.offset) == ("CRC mismatch (at byte 1042)", 1042)
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(kind("the sky fell") for kind in errors.MvcodecError.__subclasses__()),
+        errors.PictureError("has alpha", "say --alpha drop"),
+        errors.BitstreamError("CRC mismatch", 1042),
+        _WrongIntegers(3, "check differs"),
+    ],
+    ids=str,
+)
+def test_errors_survive_the_way_back_from_a_worker_process(error: errors.MvcodecError) -> None:
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error)
+    assert (str(back), vars(back)) == (str(error), vars(error))

@@ -396,7 +396,7 @@ def _synthesise(
     """
     net = model.net
     pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
-    call = model.graphs if pixels <= most else PLAIN  # as in `encode_view`
+    call = model.graphs if pixels <= most else PLAIN  # as in `_analysed`
 
     def in_tiles(stage: nn.Module, x: Tensor, quality: Tensor) -> Tensor:
         area = x.shape[2] * x.shape[3]

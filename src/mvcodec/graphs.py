@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -86,8 +86,12 @@ class CudaRecorder:
 
     def abandon(self) -> None:
         if self.graph is not None:
-            with suppress(RuntimeError):
+            try:
                 self.graph.capture_end()
+            except RuntimeError:  # before it told the memory pool and the random numbers that recording is over
+                self.pool = torch.cuda.graph_pool_handle()
+                generator = torch.cuda._get_generator(self.device)
+                generator.graphsafe_set_state(generator.clone_state())
             self.failed.append(self.graph)
             self.graph = None
 

@@ -30,7 +30,7 @@ from mvcodec.exact.precision import strict
 from mvcodec.graphs import PLAIN
 from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain
-from mvcodec.nn.hyperprior import band_of, bits, gaussian_bits
+from mvcodec.nn.hyperprior import band_of, bits, symbol_bits
 from mvcodec.nn.para_em import CodeStep
 from mvcodec.parahydra import PAD_MULTIPLE, ModelConfig
 from mvcodec.tiling import USUAL
@@ -155,7 +155,7 @@ def encode_latents(
             steps.append(torch.stack((symbols.short(), index.short())))
             sections.append(coder.submit(_encode_section, Fetched(steps[-1]), model))
             if estimate:
-                estimates.append(gaussian_bits(symbols, symbols, ln_sigma).item())
+                estimates.append(symbol_bits(symbols, ln_sigma).item())
             return symbols + mu
 
         y_hat = walk(model, z_hat, t, code)
@@ -380,6 +380,10 @@ class _WrongIntegers(DesyncError):
     def __init__(self, index: int, sentence: str) -> None:
         super().__init__(f"slice {index}: {sentence}")
         self.slice = index
+        self.sentence = sentence
+
+    def __reduce__(self) -> tuple[type[_WrongIntegers], tuple[int, str]]:
+        return type(self), (self.slice, self.sentence)  # worker processes send errors by pickle
 
 
 def _sides(header: Header) -> tuple[int, int]:

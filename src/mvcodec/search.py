@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvcodec.exact.arithmetic import FLOAT, use
+from mvcodec.latents import LATENT_STRIDE
 from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain, hat_basis, rate_distortion_lambda
 from mvcodec.nn.hyperprior import LN_SIGMA_BOUND, gaussian_likelihood
@@ -31,8 +32,7 @@ from mvcodec.tiling import SMALLEST
 from mvcodec.weights import Model
 
 MOST_EFFORT = 5  # each further one has been worth less than the one before
-STRIDE = 16  # pixels per latent
-TILE = SMALLEST // STRIDE  # latents a side that are searched at a time: whole tiles of Para-EM's attention
+TILE = SMALLEST // LATENT_STRIDE  # latents a side that are searched at a time: whole tiles of Para-EM's attention
 SEAM = 1  # latents beside another tile keep their symbols: not all that they change is in sight
 BLOCK = 4  # latents a side that keep their steps or take them back together
 DAMPING = 1.1  # of the curvature: neighbours that step at once add to each other's error
@@ -67,7 +67,7 @@ def better_latents(
         generator = torch.Generator().manual_seed(0)
         height, width = y.shape[2:]
         for rows, columns in _tiles(height, width):
-            inside = size[0] - STRIDE * rows.start, size[1] - STRIDE * columns.start
+            inside = size[0] - LATENT_STRIDE * rows.start, size[1] - LATENT_STRIDE * columns.start
             costs.look_at(picture(_pixels(rows), _pixels(columns)), hyper[..., rows, columns], inside)
             free = torch.zeros_like(found[:, :1])
             free[..., _without_seams(rows, height), _without_seams(columns, width)] = 1
@@ -87,7 +87,7 @@ def _without_seams(span: slice, length: int) -> slice:
 
 
 def _pixels(span: slice) -> slice:
-    return slice(STRIDE * span.start, STRIDE * span.stop)
+    return slice(LATENT_STRIDE * span.start, LATENT_STRIDE * span.stop)
 
 
 class _State(NamedTuple):
@@ -151,7 +151,7 @@ class _Costs:
         self.picture, self.hyper = pixels, hyper
         self.inside = torch.zeros_like(self.picture[:, :1])
         self.inside[..., : inside[0], : inside[1]] = 1
-        shown = F.max_pool2d(self.inside, STRIDE)  # the other latents are not for us to choose
+        shown = F.max_pool2d(self.inside, LATENT_STRIDE)  # the other latents are not for us to choose
         self.shown = self.config.coding_order(shown)
 
     def of(self, target: Tensor) -> _State:
@@ -201,7 +201,7 @@ class _Costs:
             if net.refinement is not None:
                 picture = net.refinement.clean(picture.clamp(0, 1), self.t)[0].float()
         error = (picture.clamp(0, 1) - self.picture).square().mean(dim=1, keepdim=True) * self.inside
-        return self.error_weight * F.avg_pool2d(error, STRIDE, divisor_override=1)
+        return self.error_weight * F.avg_pool2d(error, LATENT_STRIDE, divisor_override=1)
 
 
 def _bits(symbols: Tensor, ln_sigma: Tensor) -> Tensor:

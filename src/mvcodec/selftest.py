@@ -140,7 +140,7 @@ def devices(model: Model) -> str:
     host = load_model(model.path, "cpu")
     count = 0
     for tf32, benchmark in product((False, True), repeat=2):
-        with _switched(tf32, benchmark):
+        with _switched(tf32, benchmark), model.graphs.off():  # a graph keeps the switches of its recording
             for seed in range(DRAWN):
                 y, z = drawn_latents(model, 8, 12, seed)
                 files = [encode_latents(m, y.to(m.device), z.to(m.device), seed / 24) for m in (host, model)]
@@ -186,8 +186,7 @@ def surroundings(model: Model) -> str:
         path = os.pathsep.join(p for p in sys.path if p)
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings, "PYTHONPATH": path}
         running.append((settings, subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)))
-    for settings, process in running:
-        output, _ = process.communicate()
+    for settings, process, (output, _) in [(*one, one[1].communicate()) for one in running]:
         if process.returncode:
             raise Failed(f"with {settings} the digest cannot be computed")
         digests[output.split()[-1]] = settings

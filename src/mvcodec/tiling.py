@@ -15,6 +15,7 @@ the last place and so, rarely, round to another integer, which is as good a file
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import product
@@ -117,11 +118,13 @@ def footprint(module: nn.Module, run: Stage, probe: Tensor) -> Footprint:
     Branches count as if they stood in a row, so the reach is never too small. Stages that look at the whole picture at
     once (pooling, attention) have no footprint; none of g_a, g_s and the refinement's clean part does.
     """
-    size = probe.shape[-1]
+    size, here = probe.shape[-1], threading.get_ident()
     reach, grid = 0.0, 1.0
 
     def see(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal reach, grid
+        if threading.get_ident() != here:  # another picture, which somebody decodes with the same model
+            return
         spacing = size / inputs[0].shape[-1]  # positions of the stage's input per position of the layer's
         radius = (layer.kernel_size[0] - 1) / 2
         if isinstance(layer, nn.ConvTranspose2d):

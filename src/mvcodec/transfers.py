@@ -11,7 +11,10 @@ from torch import Tensor
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x, on the device as soon as what is issued there next needs it."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return x
+    repeats = 0 in x.stride()  # as grey does for three colours: pinned memory takes no such tensor
+    return (x if repeats else x.pin_memory()).to(device, non_blocking=True)
 
 
 class Fetched:

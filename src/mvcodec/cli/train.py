@@ -136,7 +136,7 @@ def fits(parameter: click.Parameter, value: object) -> bool:
     type=click.Choice(["adamw", "muon"]),
     default="adamw",
     show_default=True,
-    help="muon: on hidden convolutions, AdamW on the rest; stage refine knows adamw alone.",
+    help="muon: on hidden convolutions, AdamW on the rest; stages refine and cells know adamw alone.",
 )
 @click.option("--lr", "learning_rate", type=Finite(0, min_open=True), default=5e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True)
@@ -181,7 +181,7 @@ def train(report: Report, resume: bool, device: str, **settings: Any) -> None:
         checkpoint = train_(config, first and not report.quiet and sys.stderr.isatty(), report.quiet)
     if not first:
         return
-    if not checkpoint.exists():  # --minutes ended while stage refine prepared
+    if not checkpoint.exists():  # --minutes ended while stage refine or cells prepared
         nothing = dict.fromkeys(("checkpoint", "weights", "model_id"))
         report.result(nothing, f"{run}: nothing trained yet, prepared in part; --resume goes on")
         return

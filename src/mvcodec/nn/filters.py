@@ -5,44 +5,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _pairs(x: Tensor, dim: int, reach: int, sign: int) -> Tensor:
-    """x[i + reach] + sign x[i - reach]."""
+def _pairs(x: Tensor, dim: int, sign: int) -> Tensor:
+    """x[i + 1] + sign x[i - 1]."""
     length = x.shape[dim]
-    inner = length - 2 * reach
+    inner = length - 2
     if inner <= 0 or x.is_cuda:  # few launches
-        before, _, after = _shifts(x, dim, reach)
+        before, _, after = _shifts(x, dim)
         return after + before if sign > 0 else after - before
     out = torch.empty_like(x)
     for place, after, before in (
-        (out.narrow(dim, reach, inner), x.narrow(dim, 2 * reach, inner), x.narrow(dim, 0, inner)),
-        (out.narrow(dim, 0, reach), x.narrow(dim, reach, reach), x.narrow(dim, 0, 1)),
-        (out.narrow(dim, length - reach, reach), x.narrow(dim, length - 1, 1), x.narrow(dim, inner, reach)),
+        (out.narrow(dim, 1, inner), x.narrow(dim, 2, inner), x.narrow(dim, 0, inner)),
+        (out.narrow(dim, 0, 1), x.narrow(dim, 1, 1), x.narrow(dim, 0, 1)),
+        (out.narrow(dim, length - 1, 1), x.narrow(dim, length - 1, 1), x.narrow(dim, inner, 1)),
     ):
         torch.add(after, before, alpha=sign, out=place)
     return out
 
 
-def smear(x: Tensor, dim: int, reach: int = 1) -> Tensor:
-    """[1 2 1], `reach` pixels apart."""
-    return _pairs(x, dim, reach, 1).add_(x, alpha=2)
+def smear(x: Tensor, dim: int) -> Tensor:
+    """[1 2 1]."""
+    return _pairs(x, dim, 1).add_(x, alpha=2)
 
 
 def neighbour_sum(x: Tensor) -> Tensor:
     """Sum over 3x3."""
     for dim in (-1, -2):
-        x = _pairs(x, dim, 1, 1).add_(x)
+        x = _pairs(x, dim, 1).add_(x)
     return x
 
 
 def differences(x: Tensor) -> tuple[Tensor, Tensor]:
     """x[i + 1] - x[i - 1] along rows and along columns."""
-    return _pairs(x, -1, 1, -1), _pairs(x, -2, 1, -1)
+    return _pairs(x, -1, -1), _pairs(x, -2, -1)
 
 
-def _shifts(x: Tensor, dim: int, reach: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x[i - reach], x[i], x[i + reach] along the last (-1) or last but one (-2) dimension."""
-    padded = F.pad(x, (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach), mode="replicate")
-    return padded.narrow(dim, 0, x.shape[dim]), x, padded.narrow(dim, 2 * reach, x.shape[dim])
+def _shifts(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x[i - 1], x[i], x[i + 1] along the last (-1) or last but one (-2) dimension."""
+    padded = F.pad(x, (1, 1, 0, 0) if dim == -1 else (0, 0, 1, 1), mode="replicate")
+    return padded.narrow(dim, 0, x.shape[dim]), x, padded.narrow(dim, 2, x.shape[dim])
 
 
 def local_mean(x: Tensor) -> Tensor:

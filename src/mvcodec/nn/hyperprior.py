@@ -141,10 +141,14 @@ def gaussian_bits(residual: Tensor, symbols: Tensor, ln_sigma: Tensor) -> Tensor
     The value is that of the symbols, which is what a file costs, and so is sigma's gradient. The residual's
     gradient is that of the usual noisy relaxation. Noise in the value too would charge 0.13 bit for a certain zero.
     """
-    ln_sigma = lower_bound(ln_sigma, LN_SIGMA_BOUND)
-    exact = bits(gaussian_likelihood(symbols, ln_sigma))
-    relaxed = bits(gaussian_likelihood(noisy(residual), ln_sigma.detach()))
+    exact = symbol_bits(symbols, ln_sigma)
+    relaxed = symbol_bits(noisy(residual), ln_sigma.detach())
     return exact + relaxed - relaxed.detach()
+
+
+def symbol_bits(symbols: Tensor, ln_sigma: Tensor) -> Tensor:
+    """What they cost under Gaussians of these scales (Eq. (3)): [B, ...] -> [B]."""
+    return bits(gaussian_likelihood(symbols, lower_bound(ln_sigma, LN_SIGMA_BOUND)))
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

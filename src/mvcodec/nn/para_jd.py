@@ -35,7 +35,7 @@ def fuse_views(fusion: ParallaxFusion, x: Tensor) -> Tensor:
         main = SourceFeatures(*(f[:, k] for f in features))
         others = [v for v in range(views) if v != k]
         sides = SourceFeatures(*(f[:, others].transpose(0, 1) for f in features))
-        fused.append(fusion(x[:, k], main, sides).feature)
+        fused.append(fusion(x[:, k], main, sides))
     return torch.stack(fused, dim=1)
 
 

@@ -128,11 +128,11 @@ class OmniParallaxAttention(Block):
     context transfer: no alignment, all sources alike).
     """
 
-    def __init__(self, channels: int, mode: str = "opam", scale: float | None = None, segment: int = 0) -> None:
+    def __init__(self, channels: int, mode: str = "opam", segment: int = 0) -> None:
         super().__init__()
         self.mode = mode
         self.segment = segment
-        self.scale = channels**-0.5 if scale is None else scale
+        self.scale = channels**-0.5
         self.row_skm = SelectiveKernel(channels) if mode in ("opam", "hpa", "attention2d") else None
         self.column_skm = SelectiveKernel(channels) if mode in ("opam", "vpa") else None
 

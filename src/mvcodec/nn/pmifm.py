@@ -10,21 +10,12 @@ may be shared: a source is then embedded once, however many others it meets.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from mvcodec.exact.arithmetic import Block
 from mvcodec.nn.layers import ResidualBlock
 from mvcodec.nn.parallax_attention import OmniParallaxAttention, SourceFeatures
-
-
-class Fused(NamedTuple):
-    """f' and, for maps and supervision, how far each side source was trusted."""
-
-    feature: Tensor  # [N, C, H, W]
-    consistency: Tensor  # [S, N, 1, H, W]
 
 
 class ParallaxSource(Block):
@@ -84,7 +75,8 @@ class ParallaxFusion(nn.Module):
         """x [N, C, H, W] -> what this source shows to the others and to itself."""
         return self.source.features(x)
 
-    def forward(self, x: Tensor, main: SourceFeatures, sides: SourceFeatures | None) -> Fused:
-        """x [N, C, H, W] and its features; sides: features with maps [S, N, width, H, W], or None."""
-        aligned, consistency = self.source(main, sides)
-        return Fused(self.fusion(x, aligned, main.value), consistency)
+    def forward(self, x: Tensor, main: SourceFeatures, sides: SourceFeatures | None) -> Tensor:
+        """x [N, C, H, W] and its features -> f'; sides: features with maps [S, N, width, H, W], or None."""
+        aligned, _ = self.source(main, sides)
+        fused: Tensor = self.fusion(x, aligned, main.value)
+        return fused

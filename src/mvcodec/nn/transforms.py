@@ -2,7 +2,7 @@
 
 `paper`: four 5x5 stride-2 convolutions with GDN.        y at 1/16, second stage from 1/4.
 `klt`:   residual branches at 1/2 and 1/4, pixel-unshuffle by 8, residual blocks at 1/8, 2x2 stride-2 convolution,
-         residual blocks at 1/16. Starts as the KLT of 16x16 blocks (design/training.md): y at 1/16, second stage
+         residual blocks at 1/16. Starts as the KLT of 16x16 blocks (training/klt.py): y at 1/16, second stage
          from 1/8. The synthesis mirrors it down to 1/4; 1/2 belongs to the refinement that follows.
 """
 

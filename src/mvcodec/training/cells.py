@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from mvcodec.errors import UsageError
 from mvcodec.latents import small
@@ -33,13 +32,13 @@ from mvcodec.training.checkpoint import each_made_once, load_weights, save_tenso
 from mvcodec.training.config import TrainConfig, check_settings
 from mvcodec.training.curves import append_rows, draw_if_possible
 from mvcodec.training.data import Scene, load_scenes
-from mvcodec.training.optimizers import FiniteSteps
+from mvcodec.training.optimizers import fit
 from mvcodec.training.preparation import (
-    BEYOND,
     ESTIMATE,
     OutOfTime,
     Watch,
     digest,
+    draw_qualities,
     fingerprint,
     only_of,
     overlapping_windows,
@@ -54,6 +53,7 @@ MOST_VIEWS = 6  # of a set
 PLACES = 192  # of a view's latents, kept with all their channels
 AT_ONCE = 32  # places of a view in a step
 HARM_WEIGHT = 1.0
+WARM_UP = 0.05  # of the steps
 FOLDERS = ("alone", "helped")
 FORM = 2  # of a lesson: others are prepared anew
 SEEN = ("symbols", "ln_sigma", "apart", "before", "change", "shown")  # as CoefficientEstimate takes them
@@ -70,10 +70,7 @@ def draw_lessons(net: ParaHydra, scene: Scene, helped: bool, rng: np.random.Gene
     order = rng.permutation(len(windows))
     count = int(rng.integers(2, MOST_VIEWS + 1)) if helped else 1
     target = to_tensor([windows[n][:height, :width] for n in order[:count]])
-    qualities = rng.uniform(-BEYOND, 1 + BEYOND, len(target)).clip(0, 1).tolist()
-    if rng.random() < 0.5:  # else very unequal ones
-        qualities = qualities[:1] * len(target)
-    return list(lessons(net, target, qualities, helped, rng))
+    return list(lessons(net, target, draw_qualities(rng, len(target)), helped, rng))
 
 
 @torch.no_grad()
@@ -151,24 +148,14 @@ def read_lessons(files: list[Path]) -> list[Lesson]:
 
 def learn(estimate: CoefficientEstimate, data: list[Lesson], config: TrainConfig, progress: bool) -> list[float]:
     """Train in place, on the processor -> the loss of each step."""
-    optimizer = torch.optim.AdamW(estimate.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps + 1, pct_start=0.05
-    )
-    rng, finite, losses = np.random.default_rng(config.seed), FiniteSteps(), []
-    for _ in tqdm(range(config.steps), desc="estimating", disable=not progress, leave=False):
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+    rng = np.random.default_rng(config.seed)
+
+    def draw() -> Iterator[Tensor]:
         for n in rng.integers(len(data), size=config.batch):
-            count = data[n]["error"].shape[1]
-            part = loss(estimate, data[n], torch.from_numpy(rng.permutation(count)[:AT_ONCE])) / config.batch
-            part.backward()
-            total += part.item()
-        if finite.takes(nn.utils.clip_grad_norm_(estimate.parameters(), 1.0).item()):
-            optimizer.step()
-        schedule.step()
-        losses.append(total)
-    return losses
+            places = torch.from_numpy(rng.permutation(data[n]["error"].shape[1])[:AT_ONCE])
+            yield loss(estimate, data[n], places) / config.batch
+
+    return fit(estimate, draw, config.steps, config.learning_rate, WARM_UP, "estimating", progress)
 
 
 def check(config: TrainConfig) -> None:

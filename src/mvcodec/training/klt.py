@@ -1,4 +1,4 @@
-"""Statistics for the KLT start (design/training.md, section 1)."""
+"""Statistics for the KLT start: principal components of blocks of 16 x 16 pixels and three colours."""
 
 from __future__ import annotations
 

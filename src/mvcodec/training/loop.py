@@ -4,7 +4,8 @@ Stage `single` trains everything on lone views (K = 1). Stage `quantise` (roundi
 rounded weights and activations. Stage `joint` freezes the encoder and the entropy model, so that no bit changes, and
 trains Para-JD's fusions on sets of overlapping views of random K. Stage `decoder` freezes the same and trains the
 synthesis and the cleaning, on lone views, together with the step back into the quantiser's cells. Stage `refine`
-(refinement.py) trains the pixel-aligned refinement alone.
+(refinement.py) trains the pixel-aligned refinement alone, stage `cells` (cells.py) what the step back into the cells
+knows of each coefficient; neither runs in this loop.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class Trainer:
         terms[0].backward()
         # Clipped group by group: the KLT layers' large gradients must not shrink everyone else's.
         norms = [nn.utils.clip_grad_norm_(group["params"], config.clip) for group in groups]
-        norm = torch.stack(norms).max().item()
+        norm = torch.stack([x.to(self.device) for x in norms]).max().item()  # on the CPU where nothing had a gradient
         takes = self.finite.takes(norm)
         total, bits, error, off = processes.mean(terms.detach()).tolist()
         row = {

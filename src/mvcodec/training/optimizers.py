@@ -8,12 +8,14 @@ size of AdamW's steps (Liu et al. 2025, arXiv 2502.16982), so that both go by on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
 
 from mvcodec.errors import MvcodecError
 
@@ -103,3 +105,32 @@ class FiniteSteps:
         if self.lost >= LOST:
             raise MvcodecError(f"the gradients of {LOST} steps in a row are not finite; the weights stay as they were")
         return not self.lost
+
+
+def fit(
+    network: nn.Module,
+    draw: Callable[[], Iterable[Tensor]],
+    steps: int,
+    rate: float,
+    warm_up: float,
+    title: str,
+    progress: bool,
+) -> list[float]:
+    """Train a small network in place -> the loss of each step, the sum of the parts that `draw` gives for it.
+
+    Each part is gone back through before the next is drawn. rate: at its peak, after a share `warm_up` of the steps.
+    """
+    optimizer = AdamW(network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=warm_up)
+    finite, losses = FiniteSteps(), []
+    for _ in tqdm(range(steps), desc=title, disable=not progress, leave=False):
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in draw():
+            part.backward()
+            total += part.item()
+        if finite.takes(nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()):
+            optimizer.step()
+        schedule.step()
+        losses.append(total)
+    return losses

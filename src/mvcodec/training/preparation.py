@@ -94,6 +94,13 @@ def overlapping_windows(scene: Scene, size: int, rng: np.random.Generator) -> li
     return windows
 
 
+def draw_qualities(rng: np.random.Generator, count: int) -> list[float]:
+    """Of the views of a set, in [0, 1]: one for all, or very unequal ones."""
+    # The ends of the scale, where peers help least, are drawn often: they have neighbours on one side only.
+    qualities: list[float] = rng.uniform(-BEYOND, 1 + BEYOND, count).clip(0, 1).tolist()
+    return qualities[:1] * count if rng.random() < 0.5 else qualities
+
+
 def examples(
     views: list[Picture],
     decoder: Decoder,
@@ -105,10 +112,7 @@ def examples(
 
     Peers in places that stay empty have consistency 0.
     """
-    # The ends of the scale, where peers help least, are drawn often: they have neighbours on one side only.
-    qualities = rng.uniform(-BEYOND, 1 + BEYOND, len(views)).clip(0, 1).tolist()
-    if rng.random() < 0.5:  # else very unequal ones
-        qualities = qualities[:1] * len(views)
+    qualities = draw_qualities(rng, len(views))
     target = to_tensor(views)
     decoded, cleaned = decoder(target, qualities)
     quality = torch.tensor(qualities)

@@ -9,26 +9,25 @@ Texture counts more than walls and sky, where a wrong flow costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from mvcodec.nn.alignment import grey_values, sights
 from mvcodec.nn.filters import blur, gradient
 from mvcodec.nn.steady_flow import CELL, SteadyFlow, evidence
 from mvcodec.training.checkpoint import each_made_once
-from mvcodec.training.optimizers import FiniteSteps
+from mvcodec.training.optimizers import fit
 
 TRIES = 300  # pairs of windows, of which about half overlap; half a second of one core each
 OVERLAP = 0.4  # mean consistency of the uncoded views from which a pair is a lesson
 STEPS = 3000  # of 0.1 s
 PAIRS = 2  # of views, one way, in a step
-LEARNING_RATE = 2e-3
+LEARNING_RATE, WARM_UP = 2e-3, 0.02  # the latter of the steps
 LOST = 3.0  # pixels from the teacher's flow beyond which it is not noise
 SMALL = 0.05  # pixels: below, the loss is quadratic
 PLAIN = 8.0  # gradient, of 255: half of what counts most
@@ -113,15 +112,12 @@ def learn(steady: SteadyFlow, files: list[Path], seed: int, progress: bool) -> N
     """Train in place, on the processor; leaves it as it is where no pair overlaps."""
     if not files:
         return
-    optimizer = torch.optim.AdamW(steady.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.02)
-    rng, finite = np.random.default_rng(seed), FiniteSteps()
-    for _ in tqdm(range(STEPS), desc="steadying the flow", disable=not progress, leave=False):
-        optimizer.zero_grad(set_to_none=True)
+    rng = np.random.default_rng(seed)
+
+    def draw() -> Iterator[Tensor]:
         for n in rng.integers(len(files), size=PAIRS):
             across, down, transposed = (bool(x) for x in rng.random(3) < 0.5)
             way = one_way(load_file(files[n]), int(rng.integers(2)), (across, down), transposed)
-            (loss(steady, way) / PAIRS).backward()
-        if finite.takes(nn.utils.clip_grad_norm_(steady.parameters(), 1.0).item()):
-            optimizer.step()
-        schedule.step()
+            yield loss(steady, way) / PAIRS
+
+    fit(steady, draw, STEPS, LEARNING_RATE, WARM_UP, "steadying the flow", progress)
