@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mvcodec import container
 from mvcodec.checksums import crc16
 from mvcodec.container import (
+    SIGNATURE,
     VERSIONS,
     Header,
     Slice,
@@ -151,7 +152,7 @@ def test_every_legal_stream_survives(header: Header, hyper: bytes, first: Slice,
     stream = Stream(header, hyper, tuple(parts))
     data = pack(stream)
     assert unpack(data) == stream
-    assert list(split(data + data)) == [data, data]
+    assert list(split(data + data)) == [(0, data), (len(data), data)]
     read = spec_reader.read_file(data)
     assert read.version == stream.version == (1 if len(first.sections) == 2 else 3)
     assert read.size == len(data)
@@ -449,34 +450,54 @@ def test_common_accidents_are_named(change: Any, message: str) -> None:
 # --- concatenations --------------------------------------------------------------------------------------
 
 
+def pieces(data: bytes) -> list[bytes]:
+    return [piece for _, piece in split(data)]
+
+
 def test_concatenated_files_are_cut_apart() -> None:
     streams = coded(), coded(version=2), coded(PLAIN, 8), sparse(), coded(PLAIN, 1, 0), coded(PLAIN, 1, 0, 2)
     files = [pack(s) for s in streams]
-    assert list(split(b"".join(files))) == files
-    assert list(split(b"")) == []
+    assert pieces(b"".join(files)) == files
+    assert pieces(b"") == []
 
 
 @kinds
-def test_a_truncated_last_file_comes_as_it_is(stream: Stream) -> None:
+def test_a_truncated_file_ends_where_the_next_one_begins(stream: Stream) -> None:
     data = pack(stream)
-    whole, rest = split(data + data[:-10])
-    assert (whole, rest) == (data, data[:-10])
+    cut = data[:-10]
+    assert pieces(cut + data + cut) == [cut, data, cut]
     with pytest.raises(BitstreamError, match="truncated"):
-        unpack(rest)
+        unpack(cut)
 
 
 def test_damage_in_a_payload_does_not_stop_the_cutting() -> None:
     data = pack(coded())
     changed = data[:-20] + bytes(10) + data[-10:]
-    assert list(split(changed + data)) == [changed, data]
+    assert pieces(changed + data) == [changed, data]
 
 
-def test_rubbish_between_files_is_refused_with_its_place() -> None:
+@pytest.mark.parametrize("rubbish", [b"rubbish", SIGNATURE, SIGNATURE + b"\x01\x10" + bytes(40)])
+def test_rubbish_between_files_comes_as_it_is(rubbish: bytes) -> None:
     data = pack(coded())
-    parts = split(data + b"rubbish" + data)
-    assert next(parts) == data
-    with pytest.raises(BitstreamError, match=f"starting at byte {len(data)}"):
-        next(parts)
+    assert list(split(data + rubbish + data)) == [
+        (0, data),
+        (len(data), rubbish),
+        (len(data) + len(rubbish), data),
+    ]
+    assert pieces(rubbish) == [rubbish]
+
+
+def test_a_damaged_header_costs_its_own_file_alone() -> None:
+    data = pack(coded())
+    damaged = data[:20] + bytes([data[20] ^ 1]) + data[21:]
+    assert pieces(damaged + data) == [damaged, data]
+    assert pieces(data + damaged + data) == [data, damaged, data]
+
+
+def test_a_whole_file_may_hold_another_ones_header() -> None:
+    inner = pack(coded())
+    outer = pack(Stream(replace(coded().header, exif=inner), b"h", coded().slices))
+    assert pieces(outer + inner) == [outer, inner]
 
 
 # --- hostile headers: every check is right, the content is not -------------------------------------------

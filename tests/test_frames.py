@@ -204,3 +204,25 @@ def test_a_file_has_one_place_in_whatever_spelling(tmp_path: Path, monkeypatch: 
         assert [(s.relative.as_posix(), s.place) for s in find(inputs, PICTURE_SUFFIXES)] == [("C2/0.png", "C2")]
     monkeypatch.chdir(tmp_path / "C1")
     assert name_of(Path("0.png")) == ViewName("C1", 0)
+
+
+def test_a_folder_that_may_not_be_read_is_found_for_whoever_reads_it_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for camera in ("C1", "C2"):
+        (tmp_path / camera).mkdir()
+        (tmp_path / camera / "0.png").touch()
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "C1":
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [source.relative for source in find([tmp_path], {".png"})] == [Path("C1"), Path("C2/0.png")]
+
+
+def test_an_empty_name_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        find([tmp_path, ""], {".png"})

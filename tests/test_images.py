@@ -48,6 +48,30 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path, pixels: np.ndarray
     assert again.exif == image.exif
 
 
+def test_a_damaged_png_is_no_picture() -> None:
+    """Of one bit that is wrong among its pixels Pillow would otherwise make a picture of rubbish."""
+    data = saved(pil.fromarray(RNG.integers(0, 256, (40, 50, 3), np.uint8)))
+    pixels = data.index(b"IDAT") + 8
+    for at in range(pixels, data.index(b"IEND") - 8, 97):
+        with pytest.raises(PictureError, match="cannot be read as a picture"):
+            images.read(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".ppm", ".bmp", ".webp", ".jpg"])
+def test_what_is_written_for_others_keeps_the_picture(suffix: str) -> None:
+    """JPEG cannot, but comes near: colours are not halved."""
+    smooth = np.stack(np.broadcast_arrays(np.arange(64)[:, None] * 3, np.arange(48) * 5, 128), -1).astype(np.uint8)
+    smooth[:, ::2, 0] = 255
+    again = images.read(images.to_bytes(Image(smooth), suffix)).pixels.astype(int)
+    assert abs(again - smooth).max() <= (12 if suffix == ".jpg" else 0)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".pdf", ".avif", ".jpx"])
+def test_kinds_that_would_lose_the_picture_are_not_written(suffix: str) -> None:
+    with pytest.raises(PictureError, match="no picture is written with the ending"):
+        images.to_bytes(Image(RGB), suffix)
+
+
 def test_grey_kinds_stay_grey() -> None:
     one_bit = pil.fromarray(GREY).convert("1")
     for data, expected in [

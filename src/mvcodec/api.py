@@ -51,9 +51,12 @@ def encode(
     camera_id, frame, timestamp_us: where and when. Of a file, what is not given is taken from its name, as
         `mvcodec.frames.name_of` reads it; an array has none.
     alpha, max_pixels: see `mvcodec.images.read`; for files only.
-    effort: 0 to 5, how long to look for a file of fewer bits; see `mvcodec.search`.
+    effort: 0 to 5, how long to look for a better trade: of about as many bytes a better picture; see `mvcodec.search`.
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be. Freed memory goes
         back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
+
+    Raises PictureError for a picture that is damaged or cannot be kept, ModelError for weights that are not there,
+    UsageError for other arguments, OSError where the file cannot be opened.
     """
     if isinstance(picture, str | os.PathLike):
         name = name_of(Path(picture))
@@ -79,7 +82,7 @@ def encode(
 def decode(
     file: File, *, partial: bool = False, max_pixels: int = MAX_PIXELS, model: Weights = None, device: str = "auto"
 ) -> DecodedView:
-    """One .phv file (its bytes or its path) -> its picture, without other views."""
+    """One .phv file (its bytes or its path) -> its picture, without other views; else as `decode_set`."""
     return decode_set([file], partial=partial, max_pixels=max_pixels, model=model, device=device)[0]
 
 
@@ -99,6 +102,9 @@ def decode_set(
 ) -> list[DecodedView]:
     """The .phv files of one instant, in any order -> their pictures, sorted by camera id.
 
+    Each view's `pixels` are [H, W, 3] (RGB) or [H, W] (grey) of the size that was encoded, uint8 or, of 16-bit
+    pictures, uint16 over their full range.
+
     joint=False decodes each view alone. partial=True takes of a damaged file what is intact.
     refine=False aligns no view with others at pixel level; max_peers aligns each with its so many most consistent ones.
     maps=True says in every view's `maps` where each of its peers contributed.
@@ -107,6 +113,9 @@ def decode_set(
         back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
     model: None finds the weights that the files name; views of one model help each other.
     on_failure: see `mvcodec.codec.decode_set`.
+
+    Raises BitstreamError for a file that is damaged, ModelError for weights that are not there, DesyncError where the
+    integers are not those that were encoded, UsageError for other arguments, OSError where a file cannot be opened.
     """
     if isinstance(files, Stream | bytes | bytearray | memoryview | str | os.PathLike):
         raise UsageError("decode_set takes a list of files; decode takes one")

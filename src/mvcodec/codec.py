@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mvcodec.container import Damage, Header, Stream, pack, unpack
+from mvcodec.container import MAX_EXIF, MAX_ICC, MAX_PIXELS, MAX_SIDE, Damage, Header, Stream, pack, unpack
 from mvcodec.cores import beside
 from mvcodec.entropy.tables import SIGMAS
-from mvcodec.errors import ModelError, MvcodecError, UsageError
+from mvcodec.errors import ModelError, MvcodecError, PictureError, UsageError
 from mvcodec.graphs import PLAIN, Graphs
 from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, Latents, Walk, decode_intact, encode_latents, of_one_size, same_size
@@ -78,7 +78,7 @@ def encode_image(
 ) -> bytes:
     """One camera's picture -> the bytes of its .phv file. quality 0..100, larger is better.
 
-    effort: 0 is one pass; from 1 to `mvcodec.search.MOST_EFFORT` each takes twice as long as the one before.
+    effort: 0 is one pass; from 1 to `mvcodec.search.MOST_EFFORT` each makes twice as many trials as the one before.
     max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
     """
     view = encode_view(
@@ -111,6 +111,21 @@ def encode_view(
     _check_quality(quality)
     check_effort(model, effort)
     quality = round(quality * 100) / 100  # as the header stores it
+    _check_fits(image)
+    header = Header(
+        model_id=model.id,
+        profile=model.net.config.profile,
+        quality=quality,
+        width=image.width,
+        height=image.height,
+        colour=image.colour,
+        depth=image.depth,
+        camera_id=camera_id,
+        frame=frame,
+        timestamp_us=timestamp_us,
+        icc=image.icc,
+        exif=image.exif,
+    )
     model = model.within(max_memory)
     net = model.net
     t = to_device(torch.tensor([quality / 100], dtype=torch.float32), model.device)
@@ -128,20 +143,6 @@ def encode_view(
 
         y = better_latents(model, y, z, quality / 100, effort, picture, (image.height, image.width))
     coded = encode_latents(model, y, z, quality / 100, estimate, shown((image.height, image.width), y))
-    header = Header(
-        model_id=model.id,
-        profile=net.config.profile,
-        quality=quality,
-        width=image.width,
-        height=image.height,
-        colour=image.colour,
-        depth=image.depth,
-        camera_id=camera_id,
-        frame=frame,
-        timestamp_us=timestamp_us,
-        icc=image.icc,
-        exif=image.exif,
-    )
     data = pack(Stream(header, coded.hyper, coded.slices))
     return EncodedView(data, coded.latents, coded.estimated_bits)
 
@@ -492,6 +493,16 @@ class _Cells:
         assert coarse is not None
         most = max(self.most // LATENT_STRIDE**2, 1)
         picture.sub_(tiled(coarse.klt, lambda x, _: correction(coarse, x, inverse), astray, most)).clamp_(0, 1)
+
+
+def _check_fits(image: Image) -> None:
+    """PictureError for what no file can hold, before any work is done."""
+    for name, data, limit in (("EXIF data", image.exif, MAX_EXIF), ("colour profile", image.icc, MAX_ICC)):
+        if len(data) > limit:
+            raise PictureError(f"has {len(data)} bytes of {name}, over the {limit} of a file", "say --strip")
+    if max(image.height, image.width) > MAX_SIDE or image.height * image.width > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise PictureError(f"has {size}; a file holds {MAX_SIDE} a side and {MAX_PIXELS} in all")
 
 
 def check_model(model: Model, header: Header) -> None:

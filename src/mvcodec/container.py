@@ -39,6 +39,7 @@ MAX_EXIF = 1 << 16  # what a JPEG segment can hold
 MAX_SLICES = 32
 MAX_SECTION = (1 << 28) - 1  # four length bytes
 MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
+MAX_PREFIX = 16  # bytes before the header, and its CRC
 
 _PASSES = ("anchor", "non-anchor")
 _FOUR_PASSES = ("anchor 0", "anchor 1", "anchor 2", "non-anchor")
@@ -314,21 +315,42 @@ def unpack_header(data: bytes) -> Header:
     return _layout(data).header
 
 
-def split(data: bytes) -> Iterator[bytes]:
-    """Cut concatenated files apart by their headers, nothing decoded; a truncated last one comes as it is.
+def split(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Cut concatenated files apart by their headers, nothing decoded: where each begins, and its bytes.
 
-    Raises BitstreamError at the first file whose header is damaged: what follows cannot be found.
+    What is cut short or damaged ends where the next header stands, and comes as it is: whoever reads it is told.
     """
-    view = memoryview(data)
     start = 0
     while start < len(data):
+        following = _next_header(data, start + 1)
         try:
-            size = _layout(view[start:]).size
-        except BitstreamError as error:
-            sentence = f"in the file starting at byte {start}: {error.message}"
-            raise BitstreamError(sentence, start + (error.offset or 0)) from error
-        yield bytes(view[start : start + size])
-        start += size
+            end = start + _layout(memoryview(data)[start:]).size
+        except BitstreamError:
+            end = following
+        if following < end and _whole(data[start:end]):  # a header that stands in this file's own data
+            following = end
+        yield start, data[start : min(end, following)]
+        start = min(end, following)
+
+
+def _next_header(data: bytes, start: int) -> int:
+    """Where the next whole header begins; the end of the data if there is none."""
+    while (start := data.find(SIGNATURE, start)) >= 0:
+        try:
+            unpack_header(data[start : start + MAX_PREFIX + MAX_HEADER])
+        except BitstreamError:
+            start += 1
+        else:
+            return start
+    return len(data)
+
+
+def _whole(data: bytes) -> bool:
+    try:
+        unpack(data)
+    except BitstreamError:
+        return False
+    return True
 
 
 def refuse_larger(header: Header, max_pixels: int) -> None:

@@ -140,6 +140,8 @@ def find(inputs: Sequence[str | os.PathLike[str]], suffixes: Iterable[str]) -> l
     holds nothing; the same file named twice, in whatever spelling, is taken once, as one of its folder.
     """
     wanted = frozenset(suffixes)
+    if "" in inputs:
+        raise UsageError("an input is empty; name a file or a folder")
     paths = [Path(given) for given in inputs]
     for path in paths:
         if not path.exists():
@@ -230,13 +232,28 @@ def _files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """The files with one of `suffixes` anywhere below, sorted.
 
     Links to folders are followed at the top, where scenes and cameras are, unless they lead back up: each walk ends.
-    What begins with "._" is no picture, but what macOS knows about one. A link that leads nowhere is there, for whoever
-    reads it to tell.
+    What begins with "._" is no picture, but what macOS knows about one. A link that leads nowhere is there, and so is a
+    folder that may not be read: for whoever reads it to tell.
     """
     linked = [path for path in folder.glob("*") if path.is_symlink() and path.is_dir() and not _below(folder, path)]
-    files = (path for top in (folder, *linked) for path in top.rglob("*") if not path.name.startswith("._"))
-    named = (path for path in files if path.suffix.lower() in suffixes)
-    return sorted(path for path in named if path.is_file() or (path.is_symlink() and not path.exists()))
+    found: list[Path] = []
+
+    def keep(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for top in (folder, *linked):
+        for place, _, names in os.walk(top, onerror=keep):
+            named = (Path(place, name) for name in names if not name.startswith("._"))
+            found += [path for path in named if path.suffix.lower() in suffixes and _readable(path)]
+    return sorted(found)
+
+
+def _readable(path: Path) -> bool:
+    """Whether it can be read as a file, or it can be told why not."""
+    try:
+        return path.is_file() or not path.exists()
+    except PermissionError:
+        return True
 
 
 def _below(path: Path, folder: Path) -> bool:

@@ -57,7 +57,15 @@ _LOW_BYTE = {
     "RGB;16L": "RGB;16B",
     "RGB;16N": "RGB;16B" if sys.byteorder == "little" else "RGB;16L",
 }
-_PNG_LEVEL = 3  # of zlib's: three to six times as fast as Pillow's 6, for files a few per cent larger
+# How Pillow writes each kind: all that was decoded is kept, but by JPEG, which can only come near.
+_WRITTEN: dict[str, dict[str, Any]] = {
+    "PNG": {"compress_level": 3},  # of zlib's: three to six times as fast as Pillow's 6, files a few per cent larger
+    "TIFF": {},
+    "PPM": {},
+    "BMP": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "quality": 0, "method": 0},  # of what is lossless quality is how long to look
+}
 _SUFFIXES_16_BIT = (".png", ".tif", ".tiff")
 # What a TIFF file says about the scene; its other tags describe how its own pixels are stored.
 _TIFF_TAGS_KEPT = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 0x8769, 0x8825}
@@ -112,7 +120,9 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     with _readable(), _open(data, max_pixels) as picture:
         _refuse_frames(picture)
-        layout = _layout(picture)  # first of all: getexif() may load the pixels and so forget it
+        layout = _layout(picture)  # first of all: to load the pixels is to forget it
+        if picture.format == "PNG":
+            picture.load()  # getexif() would, and take what is wrong with them for a fault of the EXIF
         orientation, exif = _exif(picture)
         icc = picture.info.get("icc_profile") or b""
         if picture.has_transparency_data:
@@ -135,26 +145,26 @@ def read_named(path: Path, *, alpha: Alpha = "refuse") -> Image:
         raise PictureError(f"{path}: {error.message}") from error
 
 
-def write(target: str | os.PathLike[str], image: Image, *, quality: int | None = None) -> None:
+def write(target: str | os.PathLike[str], image: Image) -> None:
     """Write a picture whole or not at all; the ending of `target` chooses the format."""
     path = Path(target)
     with atomic(path) as file:
-        file.write(to_bytes(image, path.suffix, quality=quality))
+        file.write(to_bytes(image, path.suffix))
 
 
 def format_of(suffix: str) -> str:
-    """Pillow's name of the format that an ending stands for; PictureError where it can write none."""
+    """Pillow's name of the format that an ending stands for; PictureError for what is not written here."""
     from PIL import Image as pil
 
     pil.init()
     kind = pil.EXTENSION.get(suffix.lower())
-    if kind is None or kind not in pil.SAVE:
-        raise PictureError(f"no picture format is known by the ending {suffix!r}; use .png")
+    if kind not in _WRITTEN:
+        raise PictureError(f"no picture is written with the ending {suffix!r}; use .png")
     return kind
 
 
-def to_bytes(image: Image, suffix: str = ".png", *, quality: int | None = None) -> bytes:
-    """The picture as the bytes of a file of this kind; `quality` (lossy formats) as Pillow takes it."""
+def to_bytes(image: Image, suffix: str = ".png") -> bytes:
+    """The picture as the bytes of a file of this kind. JPEG alone loses something: quality 95, colours in full."""
     from PIL import Image as pil
 
     kind = format_of(suffix)
@@ -165,9 +175,7 @@ def to_bytes(image: Image, suffix: str = ".png", *, quality: int | None = None) 
         if suffix != ".png":
             raise PictureError(f"16-bit colour cannot be written to a {suffix} file here; use .png")
         return encode_png16(image.pixels.astype(np.uint16, copy=False), icc=image.icc, exif=image.exif)
-    options: dict[str, Any] = {"quality": quality} if quality is not None else {}
-    if kind == "PNG":
-        options["compress_level"] = _PNG_LEVEL
+    options = dict(_WRITTEN[kind])
     if image.icc:
         options["icc_profile"] = image.icc
     if image.exif:

@@ -34,7 +34,7 @@ PROBE = 64  # pixels: the least size that every stage takes
 SMALLEST = 512  # pixels: side of the least tile, its surroundings included
 USUAL = 9_000_000  # pixels at a time where no budget is given: a 4K frame in one piece, about 1.4 GB for `fast`
 
-# Bytes, as docs/performance.md says they were measured; rounded up.
+# Bytes, as docs/performance_log.md says they were measured; rounded up.
 PROGRAM = 1_000_000_000  # Python, torch and the weights
 WALK = 120  # per pixel of the view that goes through the entropy path
 HELD = 50  # per pixel of each other view

@@ -85,8 +85,48 @@ def test_damage_behind_a_part_does_not_rename_it(cli: Cli, workplace: Path) -> N
     for command in (["decode", "-o", "out"], ["verify"]):
         outcome = cli(*command, "all.phv", "--json")
         assert outcome.code == 6
-        assert [(r["file"], r.get("exit_code", 0)) for r in outcome.records] == [("all.phv", 4), ("all.phv[0]", 0)]
+        assert [(r["file"], r.get("exit_code", 0)) for r in outcome.records] == [("all.phv[1]", 4), ("all.phv[0]", 0)]
     assert Path("out/C1/00000003.png").exists()
+
+
+def test_a_part_that_was_cut_short_costs_no_other(cli: Cli, workplace: Path) -> None:
+    """Nor does one whose header is damaged; with --partial what is there of it is decoded."""
+    array = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    first, second, third = (mvcodec.encode(array, camera_id=f"C{k}", frame=3) for k in (1, 2, 3))
+    Path("all.phv").write_bytes(first[:-20] + second[:12] + b"?" + second[13:] + third)
+    outcome = cli("decode", "all.phv", "-o", "out", "--partial", "--json")
+    assert outcome.code == 6
+    assert "all.phv[1]: in the file starting at byte" in outcome.err
+    assert {r["file"]: bool(r.get("damage")) for r in outcome.records if "output" in r} == {
+        "all.phv[0]": True,
+        "all.phv[2]": False,
+    }
+
+
+def test_each_view_that_cannot_be_written_is_named(cli: Cli, coded: Path) -> None:
+    Path("out").mkdir()
+    Path("out/C1").touch()  # where a folder would have to be
+    outcome = cli("decode", coded, "-o", "out", "--json")
+    assert outcome.code == 6
+    failed = [r["file"] for r in outcome.records if "error" in r]
+    assert failed == [str(coded / "C1/00000000.phv"), str(coded / "C1/00000001.phv")]
+    assert all("out/C1" in r["error"] for r in outcome.records if "error" in r)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-o", "a.png", "--format", "jpg"], "--format jpg: but a.png is the name of another kind"),
+        (["-o", "a.gif"], "no picture is written with the ending"),
+        (["-o", ""], "-o: is empty"),
+        (["-o", "/dev/null"], "is no folder"),
+        (["--only", "C1", "--only", "C9"], "--only C9: no such camera; there are C1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(cli: Cli, coded: Path, options: list[str], words: str) -> None:
+    outcome = cli("decode", coded / "C1/00000000.phv", *options)
+    assert outcome.code == 2
+    assert words in outcome.err
 
 
 def test_pictures_can_leave_through_stdout(cli: Cli, coded: Path) -> None:
@@ -248,7 +288,7 @@ def test_format_follows_the_name_or_the_option(cli: Cli, coded: Path) -> None:
             assert picture.format == kind
     outcome = cli("decode", path, "-o", "a.xyz")
     assert outcome.code == 2
-    assert "no picture format is known by the ending '.xyz'" in outcome.err
+    assert "no picture is written with the ending '.xyz'" in outcome.err
     outcome = cli("decode", coded, "-o", "a.tif", "-f")
     assert outcome.code == 2
     assert "a.tif: is one file, but there are 4 outputs" in outcome.err

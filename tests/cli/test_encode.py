@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from PIL import Image as pil
 
 import mvcodec
 from mvcodec import container
+from mvcodec.cli.targets import STDIN, Targets, read
+from mvcodec.errors import UsageError
+from mvcodec.frames import Source
 from mvcodec.precision import bfloat16_pays
 
 from .conftest import Cli
@@ -249,3 +253,33 @@ def test_effort_gives_another_file_that_decodes_as_any(cli: Cli, scene: Path) ->
     refused = cli("encode", picture, "--effort", 1, "--max-memory", "1.2G", "-o", "small.phv")
     assert refused.code == 2
     assert "--effort 0 needs less" in refused.err
+
+
+def test_what_no_file_can_hold_is_refused_before_it_is_coded(cli: Cli, workplace: Path) -> None:
+    exif = pil.Exif()
+    exif[270] = "x" * 70000
+    pil.fromarray(np.zeros((8, 8, 3), np.uint8)).save("told.png", exif=exif)
+    pil.fromarray(np.zeros((1, 70000), np.uint8)).save("long.png")
+    for name, words in (("told.png", "of EXIF data, over the 65536 of a file; say --strip"), ("long.png", "70000 x 1")):
+        outcome = cli("encode", name)
+        assert outcome.code == 3
+        assert words in outcome.err
+    assert cli("encode", "told.png", "--strip").code == 0
+
+
+def test_a_rate_that_quality_100_does_not_take_is_told(cli: Cli, workplace: Path) -> None:
+    pil.fromarray(np.zeros((8, 8, 3), np.uint8)).save("a.png")
+    outcome = cli("encode", "a.png", "--target-size", "1M")
+    assert outcome.code == 0
+    assert "a.png: at quality 100 it takes no more than" in outcome.err
+
+
+def test_closed_streams_are_no_defect(cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.png").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        with pytest.raises(UsageError, match="stdout is closed"):
+            Targets("-", ["a.png"], force=False, skip_existing=False)
+        patch.setattr(sys, "stdin", None)
+        with pytest.raises(UsageError, match="stdin is closed"):
+            read(Source(STDIN, Path("view")))

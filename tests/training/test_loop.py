@@ -353,17 +353,18 @@ def test_stages_that_move_no_bit_hand_on_where_the_bits_come_from(config, single
 
 
 def test_validation_that_was_interrupted_is_made_up_for_and_told_once(config, scenes_folder, tmp_path, capsys):
-    run = replace(config, steps=2, validation=str(scenes_folder), validate_every=1)
+    """The last step is validated, too, whatever --validate-every says."""
+    run = replace(config, steps=3, validation=str(scenes_folder), validate_every=2)
     trainer = Trainer(run, progress=False, quiet=True)
     trainer.validate = lambda: [{"step": trainer.step, "quality": 0.0, "bpp": 1.0, "psnr_joint": 30.0}]
     trainer.fit()
     file = trainer.run / "validation.csv"
-    assert columns(file)["step"] == [1, 2]
+    assert columns(file)["step"] == [2, 3]
     assert not capsys.readouterr().out
-    append_rows(file, [{"step": 1, "quality": 0.5, "bpp": 1.0, "psnr_joint": 30.0}])  # as if gone on from step 0
-    assert columns(file)["step"] == [1]
-    trainer.fit()  # ended at step 2, whose rows are gone
-    assert columns(file)["step"] == [1, 2]
+    append_rows(file, [{"step": 2, "quality": 0.5, "bpp": 1.0, "psnr_joint": 30.0}])  # as if gone on from before
+    assert columns(file)["step"] == [2]
+    trainer.fit()  # ended at step 3, whose rows are gone
+    assert columns(file)["step"] == [2, 3]
 
 
 def test_a_checkpoint_of_before_is_gone_on_from(config):

@@ -15,7 +15,7 @@ import click
 
 from mvcodec import container
 from mvcodec.cli.report import Report, reporting, running, within_memory, within_pixels
-from mvcodec.cli.targets import STDIN, Targets, label, placing, sources, streams_in
+from mvcodec.cli.targets import STDIN, Targets, label, parts_in, placing, sources
 from mvcodec.errors import MvcodecError, PictureError, UsageError
 from mvcodec.frames import STREAM_SUFFIX, Instant, Source, instants, place_of, safe_path
 
@@ -57,7 +57,7 @@ class Finishing(NamedTuple):
     "--format",
     "kind",
     type=click.Choice(FORMATS),
-    help="Kind of picture to write. Default: from -o FILE, else png.",
+    help="Kind of picture to write; jpg alone loses something (quality 95). Default: from -o FILE, else png.",
 )
 @click.option(
     "--only",
@@ -139,14 +139,16 @@ def decode(
     for source in found:
         views += receive(report, source, max_pixels, taken)
     wanted = [view for view in views if not only or view.header.camera_id in only]
-    if views and not wanted and not report.failures:  # a damaged file may be of that camera
-        cameras = ", ".join(sorted({view.header.camera_id for view in views}))
-        raise UsageError(f"--only {' '.join(only)}: no such camera; there are {cameras}")
-    suffix = f".{kind}" if kind else targets.suffix(".png")
+    cameras = sorted({view.header.camera_id for view in views})
+    if views and (strangers := set(only).difference(cameras)) and not report.failures:  # damaged files may be theirs
+        raise UsageError(f"--only {' '.join(sorted(strangers))}: no such camera; there are {', '.join(cameras)}")
+    suffix = targets.suffix(f".{kind or 'png'}")
     try:
-        images.format_of(suffix)
+        written = images.format_of(suffix)
     except PictureError as error:
         raise UsageError(str(error)) from error
+    if kind and written != images.format_of(f".{kind}"):
+        raise UsageError(f"--format {kind}: but {output} is the name of another kind of picture")
     paths = targets.plan([(view.source, suffix) for view in wanted])
     places = {id(view): path for view, path in zip(wanted, paths, strict=True)}
 
@@ -211,30 +213,25 @@ def receive(report: Report, source: Source, max_pixels: int, taken: dict[Path, i
 
     taken: names that are; another part of the same one gets a number, and one of the same bytes is left out.
     """
-    name, failures = label(source.path), len(report.failures)
-    parts: list[tuple[bytes, container.Header]] = []
-    with report.file(name):  # what stands before the damage is good
-        for part in streams_in(source):
-            header = container.unpack_header(part)
-            container.refuse_larger(header, max_pixels)
-            parts.append((part, header))
-    if len(parts) == 1 and len(report.failures) == failures and source.path != STDIN:
-        ((part, header),) = parts
-        return [Received(name, source, part, header, str(place_of(source.relative, header.camera_id)))]
+    parts = []
+    for part in parts_in(report, source):
+        with report.file(part.name):
+            container.refuse_larger(part.header, max_pixels)
+            parts.append(part)
+    if len(parts) == 1 and parts[0].name == label(source.path) and source.path != STDIN:
+        ((name, data, header),) = parts
+        return [Received(name, source, data, header, str(place_of(source.relative, header.camera_id)))]
     taken.pop(source.relative.with_suffix(""), None)  # all of its parts have other names
     received: dict[bytes, Received] = {}
-    for number, (part, header) in enumerate(parts):
-        called = f"{name}[{number}]"
-        if (first := received.get(part)) is not None:
-            report.result(
-                {"file": called, "same_as": first.name}, f"{called}: is {first.name} again, left out", err=True
-            )
+    for name, data, header in parts:
+        if (first := received.get(data)) is not None:
+            report.result({"file": name, "same_as": first.name}, f"{name}: is {first.name} again, left out", err=True)
             continue
         path = _free(source.relative.parent / safe_path(header.camera_id, header.frame, header.timestamp_us), taken)
         # The ending is there to be replaced, as that of a file would be: a camera id may contain a dot.
         relative = path.with_name(f"{path.name}.phv")
         inside = Source(source.path.parent / relative.relative_to(source.relative.parent), relative, source.place)
-        received[part] = Received(called, inside, part, header, str(place_of(source.relative, header.camera_id)))
+        received[data] = Received(name, inside, data, header, str(place_of(source.relative, header.camera_id)))
     return list(received.values())
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--target-bpp",
     type=click.FloatRange(0, min_open=True),
-    help="Instead of -q: a quality at or within 1 % under so many bits per pixel.",
+    help="Instead of -q: a quality at or within 1 % under so many bits per pixel, found in about eight encodings.",
 )
 @click.option(
     "--target-size",
@@ -144,6 +144,8 @@ def encode(
         budget = target_size if target_bpp is None else int(target_bpp * pixels / 8)
         data, used = (at(quality), quality) if budget is None else encode_within(at, budget)
         targets.write(path, data)
+        if budget is not None and used == 100:
+            report.note(f"{label(source.path)}: at quality 100 it takes no more than {len(data)} bytes")
         seconds = time.perf_counter() - started
         record = {
             "file": label(source.path),

@@ -8,7 +8,7 @@ import click
 
 from mvcodec import container
 from mvcodec.cli.report import Report, reporting
-from mvcodec.cli.targets import label, sources, streams_in
+from mvcodec.cli.targets import parts_in, sources
 from mvcodec.frames import STREAM_SUFFIX
 
 
@@ -22,11 +22,9 @@ def info(report: Report, inputs: tuple[str, ...]) -> None:
     that is `mvcodec verify`.
     """
     for source in sources(inputs, frozenset({STREAM_SUFFIX})):
-        name = label(source.path)
-        with report.file(name):
-            for part in streams_in(source):
-                fields = container.describe(part)
-                report.result({"file": name, **fields}, *_table(name, fields, report.verbose))
+        for part in parts_in(report, source):
+            fields = container.describe(part.data)
+            report.result({"file": part.name, **fields}, *_table(part.name, fields, report.verbose))
     report.finish()
 
 

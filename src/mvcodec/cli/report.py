@@ -77,7 +77,10 @@ class Report:
         except OSError as error:
             if isinstance(error, BrokenPipeError) or error.filename == STDOUT:
                 raise  # it would befall every other file, too
-            self._fail(error.filename or name, error.strerror or str(error), MvcodecError.exit_code)
+            sentence = error.strerror or str(error)
+            if error.filename is not None and str(error.filename) != str(name):  # of what was to be written, say
+                sentence = f"{error.filename}: {sentence}"
+            self._fail(name, sentence, MvcodecError.exit_code, members)
         except UnicodeEncodeError as error:  # of a camera id that a locale without UTF-8 cannot make a file name of
             self._fail(name, str(error), MvcodecError.exit_code)
 

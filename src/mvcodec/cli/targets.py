@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
 from mvcodec import container
 from mvcodec.cli import writing_stdout
-from mvcodec.errors import UsageError
+from mvcodec.cli.report import Report
+from mvcodec.errors import BitstreamError, UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import PICTURE_SUFFIXES, STREAM_SUFFIX, Source, absolute, find
 
@@ -46,16 +47,36 @@ def sources(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Source]:
 
 
 def read(source: Source) -> bytes:
-    if source.path == STDIN:
-        return sys.stdin.buffer.read()
-    return source.path.read_bytes()
+    if source.path != STDIN:
+        return source.path.read_bytes()
+    if sys.stdin is None:
+        raise UsageError("-: stdin is closed")
+    return sys.stdin.buffer.read()
 
 
-def streams_in(source: Source) -> Iterator[bytes]:
-    """The .phv files in one input, concatenated ones cut apart; BitstreamError where none begins."""
-    data = read(source)
-    container.unpack_header(data)  # says plainly what is wrong with a file that does not even begin well
-    yield from container.split(data)
+class Part(NamedTuple):
+    """A .phv file in an input: `all.phv`, or `all.phv[2]` where several were concatenated."""
+
+    name: str
+    data: bytes
+    header: container.Header
+
+
+def parts_in(report: Report, source: Source) -> list[Part]:
+    """The .phv files in one input, concatenated ones cut apart; of one whose header cannot be read it is told."""
+    name, pieces, found = label(source.path), [], list[Part]()
+    with report.file(name):
+        data = read(source)
+        pieces = list(container.split(data)) or [(0, data)]
+    for number, (start, piece) in enumerate(pieces):
+        called = name if len(pieces) == 1 else f"{name}[{number}]"
+        with report.file(called):
+            try:
+                found.append(Part(called, piece, container.unpack_header(piece)))
+            except BitstreamError as error:
+                where = f"in the file starting at byte {start}: " if start else ""
+                raise BitstreamError(where + error.message, start + (error.offset or 0)) from error
+    return found
 
 
 class Targets:
@@ -68,6 +89,10 @@ class Targets:
     def __init__(self, output: str | None, inputs: Sequence[str], *, force: bool, skip_existing: bool) -> None:
         self.force, self.skip_existing = force, skip_existing
         self.to_stdout = output == "-" or (output is None and list(inputs) == ["-"])
+        if output == "":
+            raise UsageError("-o: is empty; name a file or a folder")
+        if self.to_stdout and sys.stdout is None:
+            raise UsageError("stdout is closed; say -o FILE")
         if self.to_stdout and sys.stdout.isatty():
             raise UsageError("will not write binary data to a terminal; say -o FILE")
         self.output = None if output is None or self.to_stdout else Path(output)
@@ -77,8 +102,8 @@ class Targets:
             or not self.output.suffix
             or (self.output.suffix.lower() not in _ENDINGS and any(Path(given).is_dir() for given in inputs))
         )
-        if self.is_folder and self.output is not None and self.output.is_file():
-            raise UsageError(f"{output}: is a file, not a folder; name one with its ending")
+        if self.is_folder and self.output is not None and self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"{output}: is no folder; a file is named with its ending")
 
     def check_stdout(self, as_json: bool) -> None:
         if self.to_stdout and as_json:

@@ -6,7 +6,7 @@ import click
 
 from mvcodec import container
 from mvcodec.cli.report import Report, reporting, running, within_pixels
-from mvcodec.cli.targets import label, sources, streams_in
+from mvcodec.cli.targets import parts_in, sources
 from mvcodec.frames import STREAM_SUFFIX
 
 
@@ -19,21 +19,16 @@ from mvcodec.frames import STREAM_SUFFIX
 def verify(
     report: Report, inputs: tuple[str, ...], deep: bool, max_pixels: int, model: str | None, device: str
 ) -> None:
-    """Check every checksum of .phv files; exit code 4 if one is corrupt or cut short.
+    """Check every checksum of .phv files; exit code 4 if the file is corrupt or cut short.
 
     With --deep the integers are decoded too and compared with the check of each slice. Exit code 7 means that
-    this machine computes other integers than the encoder did, 5 that the weights are not here.
+    this machine computes other integers than the encoder did, 5 that the weights are not here. Of several files some
+    of which fail it is 6.
     """
     for source in sources(inputs, frozenset({STREAM_SUFFIX})):
-        parts: list[bytes] = []
-        failures = len(report.failures)
-        with report.file(label(source.path)):  # what stands before the damage can be checked
-            parts.extend(streams_in(source))
-        alone = len(parts) == 1 and len(report.failures) == failures
-        for number, part in enumerate(parts):
-            name = label(source.path) if alone else f"{label(source.path)}[{number}]"
+        for name, data, _ in parts_in(report, source):
             with report.file(name):
-                stream = container.unpack(part)
+                stream = container.unpack(data)
                 if deep:
                     from mvcodec import api
 
@@ -42,10 +37,10 @@ def verify(
                     "file": name,
                     "ok": True,
                     "deep": deep,
-                    "bytes": len(part),
+                    "bytes": len(data),
                     "camera_id": stream.header.camera_id,
                     "frame": stream.header.frame,
                 }
-                lines = [] if report.quiet else [f"{name}: intact, {len(part)} bytes"]
+                lines = [] if report.quiet else [f"{name}: intact, {len(data)} bytes"]
                 report.result(record, *lines)
     report.finish()

@@ -298,7 +298,8 @@ class Trainer:
         self.unwritten.clear()
 
     def _validates(self) -> bool:
-        return bool(self.validation) and self.step % self.config.validate_every == 0
+        last = self.step == self.config.steps
+        return bool(self.validation) and (last or self.step % self.config.validate_every == 0)
 
     def _validate(self, bar: tqdm) -> None:
         rows = self.validate()
