@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from numbers import Real
@@ -117,7 +117,8 @@ def decode_set(
     Raises BitstreamError for a file that is damaged, ModelError for weights that are not there, DesyncError where the
     integers are not those that were encoded, UsageError for other arguments, OSError where a file cannot be opened.
     """
-    if isinstance(files, Stream | bytes | bytearray | memoryview | str | os.PathLike):
+    one = isinstance(files, Stream | bytes | bytearray | memoryview | str | os.PathLike)
+    if one or not isinstance(files, Iterable):
         raise UsageError("decode_set takes a list of files; decode takes one")
     streams = [_stream(file, partial) for file in files]
     if not streams:

@@ -185,8 +185,7 @@ def decode_set(
     cannot be had, and the others are decoded without it; where it is None the first such view raises.
     max_memory: bytes to stay within, the program's own included; see `mvcodec.tiling`.
     """
-    if max_peers is not None and max_peers < 1:
-        raise UsageError(f"max_peers {max_peers} is not at least 1")
+    _check_peers(max_peers)
     if maps and not (joint and refine):
         raise UsageError("maps say where aligned peers contributed: not without joint and refine")
     streams = [s if isinstance(s, Stream) else unpack(s, partial=partial) for s in files]
@@ -517,6 +516,11 @@ def check_model(model: Model, header: Header) -> None:
 def _check_quality(quality: Any) -> None:
     if not isinstance(quality, Real) or not 0 <= float(quality) <= 100:
         raise UsageError(f"quality {quality} is no number between 0 and 100")
+
+
+def _check_peers(max_peers: Any) -> None:
+    if max_peers is not None and not (isinstance(max_peers, Integral) and int(max_peers) >= 1):
+        raise UsageError(f"max_peers {max_peers!r} is no number of peers, 1 or more")
 
 
 def check_effort(model: Model, effort: Any) -> None:

@@ -355,6 +355,8 @@ def _whole(data: bytes) -> bool:
 
 def refuse_larger(header: Header, max_pixels: int) -> None:
     """BitstreamError for a picture of more pixels: a few bytes can claim to be one."""
+    if not isinstance(max_pixels, int):
+        raise UsageError(f"max_pixels {max_pixels!r} is no number of pixels")
     if header.width * header.height > max_pixels:
         size = f"{header.width} x {header.height} pixels"
         raise BitstreamError(f"has {size}, over the cap of {max_pixels}; raise it with --max-pixels")

@@ -67,7 +67,7 @@ class Instant(NamedTuple):
         return self.frame is not None or self.timestamp_us is not None
 
     def __str__(self) -> str:
-        where = f" in {self.place}" if self.place else ""
+        where = f" in {self.place}" if self.place not in ("", ".") else ""
         if self.frame is not None:
             return f"frame {self.frame}{where}"
         if self.timestamp_us is not None:

@@ -420,7 +420,10 @@ def test_python_says_what_it_takes(cli: Cli) -> None:
     (view,) = mvcodec.decode_set([data])
     assert view == view
     assert len({view, mvcodec.load_model()}) == 2
-    for file in ("a.phv", Path("a.phv"), data):
+    for how, message in (({"max_peers": 1.5}, "no number of peers"), ({"max_pixels": "3"}, "no number of pixels")):
+        with pytest.raises(UsageError, match=message):
+            mvcodec.decode_set([data], **how)
+    for file in ("a.phv", Path("a.phv"), data, None):
         with pytest.raises(UsageError, match="takes a list of files"):
             mvcodec.decode_set(file)
     for take in (mvcodec.info, mvcodec.decode):
