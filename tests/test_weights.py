@@ -87,6 +87,9 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         load_model(tmp_path / "junk.safetensors")
     with pytest.raises(ModelError, match="does not exist"):
         load_model(tmp_path / "absent.safetensors")
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ModelError, match=r"a\.png is no model file"):
+        load_model(tmp_path / "a.png")
 
 
 def test_unknown_names_list_the_known_ones(tiny_model_file, monkeypatch):
