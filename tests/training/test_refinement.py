@@ -73,11 +73,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, tmp_path, interrupte
 
     monkeypatch.setattr(steadying, "learn", learning)
     capsys.readouterr()
-    # Two tries of pairs, the network they teach, two sets of views: each ends a run. Then training's first step does.
-    for _ in range(6):
+    # Two tries of pairs, each step of the network they teach, and that it has learned, two sets of views: each ends a
+    # run. Then training's first step does.
+    for _ in range(6 + steadying.STEPS):
         assert not (tmp_path / "parted" / "checkpoint.pt").exists()
         train(replace(parted, minutes=1e-9), progress=False, quiet=True)
-    assert len(lessons) == 1
+    assert len(lessons) == steadying.STEPS + 1
     assert not capsys.readouterr().err
     assert torch.load(tmp_path / "parted" / "checkpoint.pt", weights_only=True)["step"] == 1
     interrupted(lambda: train(parted, progress=False))

@@ -17,7 +17,7 @@ def models(report: Report) -> None:
     from mvcodec import weights
 
     for path in weights.available_models():
-        with report.file(path):
+        with report.file(path.name):
             tensors, config, about = weights.read_model_file(path)
             identity = weights.entropy_id(tensors, config).hex()
             parameters = sum(t.numel() for name, t in tensors.items() if not name.startswith("tables."))

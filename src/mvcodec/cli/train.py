@@ -90,7 +90,9 @@ def fits(parameter: click.Parameter, value: object) -> bool:
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, if there is one yet.")
 @click.option(
-    "--start-from", type=click.Path(exists=True), help="Begin with the weights of a checkpoint or model file."
+    "--start-from",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Begin with the weights of a checkpoint or model file.",
 )
 @click.option("--validation", type=FOLDER, help="Folder of scenes to validate on during the run.")
 @click.option("--validate-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps.")

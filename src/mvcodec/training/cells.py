@@ -11,7 +11,7 @@ no bit moves. Networks as they decode are what counts: this stage comes last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,7 @@ from mvcodec.training.data import Scene, load_scenes
 from mvcodec.training.optimizers import fit
 from mvcodec.training.preparation import (
     ESTIMATE,
+    LEARNING,
     OutOfTime,
     Watch,
     digest,
@@ -146,16 +147,24 @@ def read_lessons(files: list[Path]) -> list[Lesson]:
     return found
 
 
-def learn(estimate: CoefficientEstimate, data: list[Lesson], config: TrainConfig, progress: bool) -> list[float]:
-    """Train in place, on the processor -> the loss of each step."""
-    rng = np.random.default_rng(config.seed)
+def learn(
+    estimate: CoefficientEstimate,
+    data: list[Lesson],
+    config: TrainConfig,
+    progress: bool,
+    kept: Path | None = None,
+    made: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Train in place, on the processor, by `optimizers.fit` -> the loss of each step."""
 
-    def draw() -> Iterator[Tensor]:
+    def draw(rng: np.random.Generator) -> Iterator[Tensor]:
         for n in rng.integers(len(data), size=config.batch):
             places = torch.from_numpy(rng.permutation(data[n]["error"].shape[1])[:AT_ONCE])
             yield loss(estimate, data[n], places) / config.batch
 
-    return fit(estimate, draw, config.steps, config.learning_rate, WARM_UP, "estimating", progress)
+    return fit(
+        estimate, draw, config.steps, config.learning_rate, WARM_UP, config.seed, "estimating", progress, kept, made
+    )
 
 
 def check(config: TrainConfig) -> None:
@@ -216,10 +225,11 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
                 net.cells.helped = None
                 continue
             watch.say(f"stage cells: {config.steps} steps on {len(taught)} views")
-            losses = learn(learner, taught, config, progress)
+            losses = learn(learner, taught, config, progress, folder / LEARNING, watch.made)
             first = 1 + helped * config.steps
             append_rows(run / "log.csv", [{"step": first + n, "loss": x} for n, x in enumerate(losses)])
             save_tensors(learner.state_dict(), folder / ESTIMATE)
+            (folder / LEARNING).unlink(missing_ok=True)
             estimate.load_state_dict(learner.state_dict())
             watch.made()
     except OutOfTime:

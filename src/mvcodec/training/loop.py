@@ -62,6 +62,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.run = Path(config.run_dir)
+        start = start_of(config) if state is None and config.start_from else None  # before pictures are read for long
         self.scenes = load_scenes(Path(config.data), self.progress)
         validates = bool(config.validation) and self.processes.first
         self.validation = load_scenes(Path(config.validation), self.progress) if validates else []
@@ -84,8 +85,8 @@ class Trainer:
         if state is not None:
             self.model = ParaHydra(ModelConfig.from_dict(state["model_config"]))
             self.bits = bits_of(state)
-        elif config.start_from:
-            model_config, weights, bits = start_of(config)
+        elif start is not None:
+            model_config, weights, bits = start
             self.model = ParaHydra(model_config)
             load_weights(self.model, weights, Path(config.start_from))
             if self.keeps_bits:

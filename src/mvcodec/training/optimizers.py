@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -18,6 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from mvcodec.errors import MvcodecError
+from mvcodec.training.checkpoint import save_whole, uninterrupted
 
 OPTIMIZERS = ("adamw", "muon")
 KLT_RATE = 0.02  # learning rate of the KLT layers, of that of the entropy model
@@ -109,28 +112,46 @@ class FiniteSteps:
 
 def fit(
     network: nn.Module,
-    draw: Callable[[], Iterable[Tensor]],
+    draw: Callable[[np.random.Generator], Iterable[Tensor]],
     steps: int,
     rate: float,
     warm_up: float,
+    seed: int,
     title: str,
     progress: bool,
+    kept: Path | None = None,
+    made: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Train a small network in place -> the loss of each step, the sum of the parts that `draw` gives for it.
 
     Each part is gone back through before the next is drawn. rate: at its peak, after a share `warm_up` of the steps.
+    kept: where what interrupts this, `made` after any step for one, leaves it to go on from as if nothing had happened.
     """
     optimizer = AdamW(network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=warm_up)
-    finite, losses = FiniteSteps(), []
-    for _ in tqdm(range(steps), desc=title, disable=not progress, leave=False):
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in draw():
-            part.backward()
-            total += part.item()
-        if finite.takes(nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()):
-            optimizer.step()
-        schedule.step()
-        losses.append(total)
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    finite, losses = FiniteSteps(), list[float]()
+    if kept is not None and kept.exists():
+        state = torch.load(kept, weights_only=True)
+        losses += state["losses"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    try:
+        for step in tqdm(range(len(losses), steps), desc=title, disable=not progress, leave=False):
+            optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for loss in draw(np.random.default_rng((seed, step))):
+                loss.backward()
+                total += loss.item()
+            takes = finite.takes(nn.utils.clip_grad_norm_(network.parameters(), 1.0).item())
+            with uninterrupted():
+                if takes:
+                    optimizer.step()
+                schedule.step()
+                losses.append(total)
+            made()
+    except BaseException:
+        if kept is not None:
+            save_whole({"losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, kept)
+        raise
     return losses

@@ -46,6 +46,7 @@ PAIRS, EXAMPLES = "pairs", "examples"  # folders of a run, for what is prepared
 STEADY = "steady.safetensors"  # in PAIRS: the network that has learned from them
 ESTIMATE = "estimate.safetensors"  # the same of stage `cells`
 LEARNED = (STEADY, ESTIMATE)
+LEARNING = "learning.pt"  # of one that was interrupted
 MARK = "of.txt"  # in each of them: the fingerprint of what it was prepared of
 FORM = 2  # of an example: others are prepared anew
 
@@ -196,8 +197,9 @@ def steadied(
     watch.say(f"stage refine: decoding and aligning pairs of views, {steadying.TRIES} tries")
     files = steadying.prepare(draw, folder, coder, seed, watch.progress, watch.made)
     watch.say(f"stage refine: steadying the flow, {steadying.STEPS} steps")
-    steadying.learn(steady.requires_grad_(True), files, seed, watch.progress)
+    steadying.learn(steady.requires_grad_(True), files, seed, watch.progress, folder / LEARNING, watch.made)
     save_tensors(steady.state_dict(), kept)
+    (folder / LEARNING).unlink(missing_ok=True)
     watch.made()
     return steady.requires_grad_(False)
 
@@ -246,6 +248,7 @@ def only_of(folder: Path, fingerprint: str) -> Path:
         for old in folder.glob("*.safetensors"):
             if old.stem.isdecimal() or old.name in LEARNED:
                 old.unlink()
+        (folder / LEARNING).unlink(missing_ok=True)
         with atomic(mark) as file:
             file.write(fingerprint.encode())
     return folder

@@ -108,16 +108,22 @@ def prepare(
     return each_made_once(folder, TRIES, seed, make, "flow of coded and uncoded views", progress, made)
 
 
-def learn(steady: SteadyFlow, files: list[Path], seed: int, progress: bool) -> None:
-    """Train in place, on the processor; leaves it as it is where no pair overlaps."""
+def learn(
+    steady: SteadyFlow,
+    files: list[Path],
+    seed: int,
+    progress: bool,
+    kept: Path | None = None,
+    made: Callable[[], None] = lambda: None,
+) -> None:
+    """Train in place, on the processor, by `optimizers.fit`; leaves it as it is where no pair overlaps."""
     if not files:
         return
-    rng = np.random.default_rng(seed)
 
-    def draw() -> Iterator[Tensor]:
+    def draw(rng: np.random.Generator) -> Iterator[Tensor]:
         for n in rng.integers(len(files), size=PAIRS):
             across, down, transposed = (bool(x) for x in rng.random(3) < 0.5)
             way = one_way(load_file(files[n]), int(rng.integers(2)), (across, down), transposed)
             yield loss(steady, way) / PAIRS
 
-    fit(steady, draw, STEPS, LEARNING_RATE, WARM_UP, "steadying the flow", progress)
+    fit(steady, draw, STEPS, LEARNING_RATE, WARM_UP, seed, "steadying the flow", progress, kept, made)
