@@ -10,9 +10,10 @@ stream where recording follows it, and is the warm-up that recording asks for. F
 Recording executes nothing and has no result to lose: where it fails, that network goes on as always, and `refused`
 says why. Graphs launch the very kernels that would be launched one by one: no integer can change.
 
-All graphs share one pool of memory, which is sound because each replay's results are copied out before the next begins
-and all replay on one stream. Graphs are kept for good, so many of them at most: PyTorch frees cuBLAS's workspace of a
-stream with any graph recorded there (its issue 193402), so that none may go before the others.
+All graphs share one pool of memory (those after a recording that failed another one), which is sound because each
+replay's results are copied out before the next begins and all replay on one stream. Graphs are kept for good, so many
+of them at most: PyTorch frees cuBLAS's workspace of a stream with any graph recorded there (its issue 193402), so that
+none may go before the others.
 """
 
 from __future__ import annotations
