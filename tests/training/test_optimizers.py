@@ -1,15 +1,28 @@
-"""Muon: orthogonal steps of AdamW's size, on hidden convolutions alone, and resumable."""
+"""Muon: orthogonal steps of AdamW's size, on hidden convolutions alone. What learns goes on where it was ended."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mvcodec.errors import MvcodecError, UsageError
 from mvcodec.parahydra import ParaHydra, config_for
 from mvcodec.training.config import TrainConfig
 from mvcodec.training.loop import Trainer, train
-from mvcodec.training.optimizers import ADAM_SIZE, KLT_RATE, LOST, FiniteSteps, Muon, optimizers_for, orthogonalised
+from mvcodec.training.optimizers import (
+    ADAM_SIZE,
+    KLT_RATE,
+    LOST,
+    FiniteSteps,
+    Muon,
+    fit,
+    optimizers_for,
+    orthogonalised,
+)
 
 
 @pytest.mark.parametrize("shape", [(20, 90), (90, 20), (30, 30)])
@@ -77,3 +90,29 @@ def test_steps_without_finite_gradients_are_left_out_until_they_are_too_many():
         assert not finite.takes(float("nan"))
     with pytest.raises(MvcodecError, match="not finite"):
         finite.takes(float("nan"))
+
+
+def test_a_fit_that_was_interrupted_goes_on_and_with_other_settings_begins_anew(tmp_path):
+    def fitted(steps: int, kept: Path | None = None, last: int = -1) -> tuple[list[float], Tensor]:
+        torch.manual_seed(0)
+        network, taken = nn.Linear(3, 1), []
+
+        def draw(rng: np.random.Generator) -> Iterator[Tensor]:
+            yield (network(torch.from_numpy(rng.normal(size=(4, 3))).float()) - 1).square().mean()
+
+        def made() -> None:
+            taken.append(1)
+            if len(taken) == last:
+                raise KeyboardInterrupt
+
+        losses = fit(network, draw, steps, 1e-2, 0.1, 3, "", False, kept, made)
+        return losses, network.weight.detach()
+
+    kept = tmp_path / "learning.pt"
+    for last in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            fitted(6, kept, last)
+    (losses, weight), (wanted, whole) = fitted(6, kept), fitted(6)
+    assert losses == wanted
+    assert torch.equal(weight, whole)
+    assert fitted(5, kept)[0] == fitted(5)[0]

@@ -131,8 +131,9 @@ def fit(
     schedule = OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=warm_up)
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
     finite, losses = FiniteSteps(), list[float]()
-    if kept is not None and kept.exists():
-        state = torch.load(kept, weights_only=True)
+    settings = [steps, rate, warm_up, seed]
+    state = torch.load(kept, weights_only=True) if kept is not None and kept.exists() else {}
+    if state.get("settings") == settings:  # with others it begins anew
         losses += state["losses"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -152,6 +153,7 @@ def fit(
             made()
     except BaseException:
         if kept is not None:
-            save_whole({"losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, kept)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_whole({"settings": settings, "losses": losses, **states}, kept)
         raise
     return losses
