@@ -373,7 +373,7 @@ def test_python_errors_are_ours(cli: Cli) -> None:
     with pytest.raises(UsageError, match="no files"):
         mvcodec.decode_set([])
     for how, message in (
-        ({"max_peers": 0}, "not at least 1"),
+        ({"max_peers": 0}, "no number of peers"),
         ({"maps": True, "joint": False}, "not without joint"),
         ({"maps": True, "refine": False}, "not without joint and refine"),
         ({"device": "toaster"}, "none of auto, cpu, cuda"),
