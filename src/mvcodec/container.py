@@ -353,10 +353,15 @@ def _whole(data: bytes) -> bool:
     return True
 
 
-def refuse_larger(header: Header, max_pixels: int) -> None:
-    """BitstreamError for a picture of more pixels: a few bytes can claim to be one."""
+def check_cap(max_pixels: Any) -> None:
+    """UsageError for what is no cap on the pixels of a picture."""
     if not isinstance(max_pixels, int):
         raise UsageError(f"max_pixels {max_pixels!r} is no number of pixels")
+
+
+def refuse_larger(header: Header, max_pixels: int) -> None:
+    """BitstreamError for a picture of more pixels: a few bytes can claim to be one."""
+    check_cap(max_pixels)
     if header.width * header.height > max_pixels:
         size = f"{header.width} x {header.height} pixels"
         raise BitstreamError(f"has {size}, over the cap of {max_pixels}; raise it with --max-pixels")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mvcodec.container import check_cap
 from mvcodec.errors import MvcodecError, PictureError, UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import MAX_PIXELS
@@ -115,8 +116,7 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
     """
     if alpha not in get_args(Alpha):
         raise UsageError(f"alpha {alpha!r} is none of {', '.join(get_args(Alpha))}")
-    if not isinstance(max_pixels, int):
-        raise UsageError(f"max_pixels {max_pixels!r} is no number of pixels")
+    check_cap(max_pixels)
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     with _readable(), _open(data, max_pixels) as picture:
         _refuse_frames(picture)

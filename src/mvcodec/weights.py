@@ -183,9 +183,9 @@ def find_model(name: str) -> Path:
             return Path(name)
         raise ModelError(f"model file {name} does not exist")
     models = {path.stem: path for path in available_models()}
-    if name not in models and Path(name).is_file():
-        raise ModelError(f"{name} is no model file: those end in .safetensors")
     if name not in models:
+        if Path(name).is_file():
+            raise ModelError(f"{name} is no model file: those end in .safetensors")
         known = ", ".join(models) or "none"
         raise ModelError(f"no model named {name!r}; available: {known}")
     return models[name]

@@ -91,3 +91,6 @@ def test_nothing_is_watched_afterwards_and_lone_views_teach_nothing(para_jd: Par
     with ParallaxSupervision(para_jd) as alone:
         para_jd(latents(pictures)[:, :1], torch.zeros(1, 1, 1))
     assert float(alone.loss(pictures[:, :1])) == 0
+    strangers = torch.cat((pictures[:, :1], texture(grid((128, 128)), seed=3)[None]), 1)
+    far = fused(para_jd, strangers).loss(strangers)
+    assert torch.isfinite(far)

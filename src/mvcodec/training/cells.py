@@ -28,7 +28,7 @@ from mvcodec.nn.gain import hat_basis
 from mvcodec.nn.transforms import KltAnalysis
 from mvcodec.parahydra import PAD_MULTIPLE, ParaHydra
 from mvcodec.precision import autocast
-from mvcodec.training.checkpoint import each_made_once, load_weights, save_tensors, save_whole, start_of, to_resume
+from mvcodec.training.checkpoint import each_made_once, load_weights, save_whole, start_of, to_resume
 from mvcodec.training.config import TrainConfig, check_settings
 from mvcodec.training.curves import append_rows, draw_if_possible
 from mvcodec.training.data import Scene, load_scenes
@@ -41,6 +41,7 @@ from mvcodec.training.preparation import (
     digest,
     draw_qualities,
     fingerprint,
+    keep_learned,
     only_of,
     overlapping_windows,
     refuse_foreign,
@@ -228,8 +229,7 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
             losses = learn(learner, taught, config, progress, folder / LEARNING, watch.made)
             first = 1 + helped * config.steps
             append_rows(run / "log.csv", [{"step": first + n, "loss": x} for n, x in enumerate(losses)])
-            save_tensors(learner.state_dict(), folder / ESTIMATE)
-            (folder / LEARNING).unlink(missing_ok=True)
+            keep_learned(learner, folder / ESTIMATE)
             estimate.load_state_dict(learner.state_dict())
             watch.made()
     except OutOfTime:

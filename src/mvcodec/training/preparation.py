@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvcodec.errors import UsageError
@@ -198,10 +198,15 @@ def steadied(
     files = steadying.prepare(draw, folder, coder, seed, watch.progress, watch.made)
     watch.say(f"stage refine: steadying the flow, {steadying.STEPS} steps")
     steadying.learn(steady.requires_grad_(True), files, seed, watch.progress, folder / LEARNING, watch.made)
-    save_tensors(steady.state_dict(), kept)
-    (folder / LEARNING).unlink(missing_ok=True)
+    keep_learned(steady, kept)
     watch.made()
     return steady.requires_grad_(False)
+
+
+def keep_learned(network: nn.Module, file: Path) -> None:
+    """One of LEARNED, in place of what an interrupt may have left of it."""
+    save_tensors(network.state_dict(), file)
+    file.with_name(LEARNING).unlink(missing_ok=True)
 
 
 def cache(
