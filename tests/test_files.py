@@ -30,6 +30,19 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path) -> None:
     assert stat.S_IMODE(plain) == stat.S_IMODE(made)
 
 
+def test_a_link_stays_and_what_it_leads_to_is_new(tmp_path: Path) -> None:
+    kept = tmp_path / "elsewhere" / "a.bin"
+    kept.parent.mkdir()
+    kept.write_bytes(b"old")
+    link = tmp_path / "link.bin"
+    link.symlink_to(Path("elsewhere", "a.bin"))
+    with atomic(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert kept.read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "link.bin"]
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_nothing_is_left_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
     def write_half() -> None:

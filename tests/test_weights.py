@@ -100,6 +100,12 @@ def test_unknown_names_list_the_known_ones(tiny_model_file, monkeypatch):
         find_model("huge")
 
 
+def test_a_folder_of_models_that_is_none_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("MVCODEC_MODELS", str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match=r"\$MVCODEC_MODELS: .*absent is no folder"):
+        available_models()
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_a_model_is_the_same_whatever_torch_takes_by_default(tiny_model_file, tiny_model, default):
     """Of the numbers that belong to no convolution bfloat16 would round some away, and with them the integers."""

@@ -38,8 +38,10 @@ def contents(file: Input) -> bytes:
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only when the block ends well; its folder is made if need be.
 
-    The temporary file lies in the same folder, because a rename is atomic only within one file system.
+    The temporary file lies in the same folder, because a rename is atomic only within one file system. A link stays
+    one, to a file that is new.
     """
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     part: Path | None = None
     try:

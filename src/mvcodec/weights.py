@@ -169,10 +169,15 @@ def _new_entropy_path(net: ParaHydra, pictures: Sequence[Tensor], gaussian: Tabl
 
 
 def available_models() -> list[Path]:
-    """The model files that came with the package, and those in $MVCODEC_MODELS, by name."""
+    """The model files that came with the package, and those in $MVCODEC_MODELS, by name.
+
+    ModelError where that is no folder.
+    """
     folders = [shipped("models")]
     if extra := os.environ.get("MVCODEC_MODELS"):
         folders.append(Path(extra))
+        if not folders[-1].is_dir():
+            raise ModelError(f"$MVCODEC_MODELS: {extra} is no folder")
     return sorted((path for folder in folders for path in folder.glob("*.safetensors")), key=lambda path: path.stem)
 
 

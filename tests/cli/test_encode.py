@@ -68,6 +68,16 @@ def test_one_camera_id_is_not_given_to_pictures_that_nothing_tells_apart(cli: Cl
     assert (header("0001.phv").camera_id, header("0001.phv").frame) == ("left", 1)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_is_not_replaced(cli: Cli, scene: Path) -> None:
+    os.mkfifo("pipe.phv")
+    for option in ("--force", "--skip-existing"):
+        outcome = cli("encode", scene / "C1/00000000.png", "-o", "pipe.phv", option)
+        assert outcome.code == 2
+        assert "pipe.phv: is there, and no file that could be overwritten" in outcome.err
+    assert Path("pipe.phv").is_fifo()
+
+
 def test_nothing_is_overwritten_unless_asked(cli: Cli, scene: Path) -> None:
     out = Path("coded/C1/00000000.phv")
     out.parent.mkdir(parents=True)

@@ -105,6 +105,15 @@ def test_bench_refuses_what_it_cannot_do_before_it_measures(cli: Cli, scene: Pat
     assert (outcome.code, outcome.err) == (2, "mvcodec: -: bench takes no stdin; name pictures or folders\n")
 
 
+def test_bench_of_a_folder_is_of_one_instant(cli: Cli, scene: Path) -> None:
+    options = ["--runs", 1, "--warmup", 0, "--size", "64x64", "--json"]
+    outcome = cli("bench", scene, *options)
+    assert outcome.records[-1]["views"] == 2
+    assert "measures frame 0; 2 pictures of other times or places are left out" in outcome.err
+    named = cli("bench", *sorted(scene.glob("*/*.png")), *options)
+    assert named.records[-1]["views"] == 4
+
+
 def test_demo_tells_each_view_and_leaves_its_files(cli: Cli, scene: Path) -> None:
     for path in scene.glob("*/00000001.png"):
         path.unlink()

@@ -112,6 +112,19 @@ def test_a_second_run_measures_nothing_again(evaluation, scenes, tiny_model, mon
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
+def test_it_is_told_when_another_model_takes_the_tables(evaluation, scenes, tiny_model, tmp_path):
+    shutil.copytree(evaluation[1], tmp_path, dirs_exist_ok=True)
+    said: list[str] = []
+    evaluate(scenes, tiny_model, tmp_path, qualities=QUALITIES, peers=["jpeg"], tell=said.append)
+    assert not [sentence for sentence in said if "replaced" in sentence]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"weights": "0123456789abcdef"}))
+    evaluate(scenes, tiny_model, tmp_path, qualities=QUALITIES, peers=["jpeg"], tell=said.append)
+    (sentence,) = (s for s in said if "replaced" in s)
+    assert "of the weights 0123456789abcdef, are replaced" in sentence
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
 def test_an_interrupted_run_goes_on_where_it_was(evaluation, scenes, tiny_model, tmp_path):
     _, out, _ = evaluation
     lines = (out / "mvcodec.jsonl").read_text().splitlines(keepends=True)

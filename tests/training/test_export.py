@@ -59,6 +59,8 @@ def test_options_go_before_the_file_and_the_file_before_the_defaults(run):
         ("steps = 1e400", "steps cannot be inf"),
         ("lr = 1e400", "inf is not a finite number"),
         ("start-from = 5", "start-from cannot be 5"),
+        ('start-from = "nowhere.pt"', "start-from: File 'nowhere.pt' does not exist"),
+        ("crop = 8", "crop: 8 is not in the range"),
     ],
 )
 def test_a_mistaken_settings_file_is_told_in_one_sentence(scenes_folder, tmp_path, capfd, text, message):
@@ -66,6 +68,7 @@ def test_a_mistaken_settings_file_is_told_in_one_sentence(scenes_folder, tmp_pat
     assert call("train", scenes_folder, "--config", tmp_path / "mine.toml", "--out", tmp_path / "run") == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
+    assert f"--config {tmp_path / 'mine.toml'}: " in error or "unknown setting" in error
     assert message in error
     assert not (tmp_path / "run").exists()
 

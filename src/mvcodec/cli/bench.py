@@ -16,7 +16,7 @@ from mvcodec.cli.report import Report, reporting, running, within_memory
 from mvcodec.cli.targets import sources
 from mvcodec.errors import UsageError
 from mvcodec.files import shipped
-from mvcodec.frames import MAX_PIXELS, PICTURE_SUFFIXES
+from mvcodec.frames import MAX_PIXELS, PICTURE_SUFFIXES, Instant, Source, instants, name_of
 
 _IMPORT = "import time; began = time.{0}(); import mvcodec.api; print(time.{0}() - began)"
 
@@ -76,7 +76,11 @@ def bench(
 
     if "-" in inputs:
         raise UsageError("-: bench takes no stdin; name pictures or folders")
-    paths = [s.path for s in sources(inputs or [str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)]
+    found = sources(inputs or [str(shipped("examples/nineveh"))], PICTURE_SUFFIXES)
+    (instant, together), *others = instants(found, _when)
+    if others:
+        report.note(f"measures {instant}; {len(found) - len(together)} pictures of other times or places are left out")
+    paths = [view.path for view in together]
     if untrained is not None and model is not None:
         raise UsageError("--untrained and --model exclude each other")
     if untrained is None:
@@ -120,6 +124,11 @@ def bench(
         record["mp_per_s"] = round(1000 * megapixels / record["total_ms"], 3)
         record["frames_per_s"] = round(1000 * len(shown) / record["total_ms"], 3)
         report.result(record, *_table(record))
+
+
+def _when(view: Source) -> Instant:
+    """What is named outright is meant, all of it."""
+    return Instant(name_of(view.path).frame, place=view.place) if view.place else Instant()
 
 
 def _table(record: dict[str, Any]) -> list[str]:

@@ -125,6 +125,8 @@ class Targets:
             seen[place] = source
             if place == absolute(source.path):
                 raise UsageError(f"{path}: is both input and output")
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path}: is there, and no file that could be overwritten; -o - writes to stdout")
             if path.exists() and not (self.force or self.skip_existing):
                 raise UsageError(f"{path}: exists; overwrite with -f or leave it with --skip-existing")
         return paths

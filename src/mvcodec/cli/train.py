@@ -43,6 +43,10 @@ def from_file(ctx: click.Context, option: click.Parameter, name: str | None) -> 
     for key, value in values.items():
         if not fits(parameters[key], value):
             raise UsageError(f"--config {name}: {key} cannot be {value!r}")
+        try:
+            parameters[key].type_cast_value(ctx, value)
+        except click.BadParameter as error:
+            raise UsageError(f"--config {name}: {key}: {error.message}") from error
     ctx.default_map = {str(parameters[key].name): value for key, value in values.items()}
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,17 @@ def evaluate(
         check_estimate(points),
         left_out,
     )
+    if (before := _weights_of(out / "summary.json")) not in (None, result.weights):
+        tell(f"{out}: its tables, of the weights {before}, are replaced; their points stay in mvcodec.jsonl")
     result.write(out)
     return result
+
+
+def _weights_of(summary: Path) -> str | None:
+    """Those that a report is about, if there is one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(summary.read_text(encoding="utf-8"))["weights"])
+    return None
 
 
 def plot(points: Sequence[CurvePoint], path: Path) -> None:
