@@ -264,6 +264,8 @@ class Machine:
         self.forbid(f"{func} crosses")
         later = named.get("non_blocking") or (len(plain) > 2 and plain[2])
         if later and isinstance(source, Elsewhere) and getattr(target, "pinned", False):
+            if self.stream is not self.default:  # given back while that stream records, it would be asked about it
+                raise RuntimeError("pinned memory is used on a stream that records")
             values = plain[1].clone()
             target.fill_(NOISE[target.is_floating_point()])
             self.coming.append(lambda: target.copy_(values))

@@ -148,7 +148,7 @@ def test_a_recording_computes_nothing_and_may_not_wait_or_copy() -> None:
             try:
                 return function(), recorder.end()
             finally:
-                recorder.abandon()
+                recorder.abandon([])
 
     total, replay = recorded(lambda: x[x.argsort()].square().sum() + torch.zeros(1, device=CUDA))
     assert total.item() == 123.25
@@ -252,11 +252,27 @@ def test_what_cannot_be_recorded_leaves_nothing_behind() -> None:
     assert state is not None
     (refused,) = state["refused"].values()
     assert refused.startswith("RuntimeError: operation not permitted when stream is capturing")
-    assert list(state["replayed"].values()) == [2]
+    assert list(state["replayed"].values()) == [3]
+
+
+def test_graphs_of_a_recording_that_failed_midway_are_kept() -> None:
+    """With the last graph of a stream PyTorch frees what all the others need."""
+    graphs, x = graphs_on(CUDA), on_the_device([1, -2])
+
+    def waits(x: Tensor, code: Any) -> Tensor:
+        total: Tensor = code(0, x + 1, x).sum()
+        return x + (total.item() if recorder.graph is not None else total)
+
+    recorder = graphs.recorder
+    assert isinstance(recorder, CudaRecorder)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert graphs(waits, x, code=lambda step, mu, ln_sigma: mu).tolist() == [2, -1]
+    assert len(recorder.failed) == 2
 
 
 def test_graphs_replay_what_was_called(gpu: Any, files: list[bytes]) -> None:
-    """In bfloat16, as a GPU does it, recorded in the second call and replayed in the third."""
+    """In bfloat16, as a GPU does it, recorded in the second call and replayed from then on."""
     gpu = in_precision(gpu, True)
     called, recorded, replayed = (decode_set(gpu, files[:2]) for _ in range(3))
     assert apart(called, replayed) == apart(called, recorded) == 0

@@ -135,7 +135,7 @@ def encode_view(
         net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0, bfloat16=model.bfloat16
     )
     y = _analysed(model, x, basis, most)
-    z = model.graphs(net.h_a, y)  # [1, N, H/64, W/64]
+    z = (model.graphs if x[0, 0].numel() <= most else PLAIN)(net.h_a, y)  # [1, N, H/64, W/64]
     if effort and min(image.height, image.width) >= LATENT_STRIDE:  # else hardly anything that is coded is shown
 
         def picture(rows: slice, columns: slice) -> Tensor:

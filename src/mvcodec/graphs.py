@@ -5,8 +5,9 @@ A walk through the entropy model stops for the coder at every step. It is record
     inputs --[graph 0]--> (mu, ln sigma) --coder--> y_hat of step 0 --[graph 1]--> ... --[graph n]--> output
 
 So is alignment, where the host solves a small problem (nn/epipolar.py); between its graphs the host decides.
-The first call of a shape runs as always: who codes one picture pays for nothing. The second runs as always, too, on the
-stream where recording follows it, and is the warm-up that recording asks for. From the third on it is replayed.
+The first call of a shape runs as always: who codes one picture pays for nothing. The second runs once for nothing on
+the stream where recording follows it, the warm-up that recording asks for, without the coder: pinned memory that had
+been used on that stream must not be given back while it records. Then, and in all further calls, it is replayed.
 Recording executes nothing and has no result to lose: where it fails, that network goes on as always, and `refused`
 says why. Graphs launch the very kernels that would be launched one by one: no integer can change.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -48,8 +49,8 @@ class Recorder(Protocol):
     def end(self) -> Callable[[], None]:
         """What was issued since `begin`, to be executed as often as one likes."""
 
-    def abandon(self) -> None:
-        """Instead of `end`, after an error; may be called where nothing has begun."""
+    def abandon(self, before: Sequence[Link]) -> None:
+        """Instead of `end`, after an error; may be called where nothing has begun. before: links that no one needs."""
 
 
 class CudaRecorder:
@@ -60,7 +61,7 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.failed: list[torch.cuda.CUDAGraph] = []  # kept: see the module's docstring
+        self.failed: list[Callable[[], None]] = []  # kept, with their graphs: see the module's docstring
 
     def ready(self) -> bool:
         """On the device's default stream alone: replays on several would meet in the shared memory."""
@@ -85,7 +86,8 @@ class CudaRecorder:
         graph, self.graph = self.graph, None
         return graph.replay
 
-    def abandon(self) -> None:
+    def abandon(self, before: Sequence[Link]) -> None:
+        self.failed += [link.replay for link in before]
         if self.graph is not None:
             try:
                 self.graph.capture_end()
@@ -93,7 +95,7 @@ class CudaRecorder:
                 self.pool = torch.cuda.graph_pool_handle()
                 generator = torch.cuda._get_generator(self.device)
                 generator.graphsafe_set_state(generator.clone_state())
-            self.failed.append(self.graph)
+            self.failed.append(self.graph.replay)
             self.graph = None
 
 
@@ -126,7 +128,7 @@ class Chain:
             self.output = function(*self.inputs, *([cut] if pauses else []))
             self.last = recorder.end()
         except BaseException:
-            recorder.abandon()
+            recorder.abandon(self.links)
             raise
 
     def replay(self, inputs: tuple[Any, ...], code: Code | None) -> Any:
@@ -174,25 +176,33 @@ class Graphs:
         self, recorder: Recorder, function: Callable[..., Any], inputs: tuple[Any, ...], code: Code | None
     ) -> Any:
         key = function, torch.is_autocast_enabled("cuda"), _each(lambda x: (x.shape, x.stride(), x.dtype), inputs)
-        if chain := self._chains.get(key):
-            self.replays[_name(function)] += 1
-            return chain.replay(inputs, code)
-        if _name(function) in self.refused or len(self._chains) >= self.most:
+        if (chain := self._chains.get(key)) is None:
+            chain = self._recorded(recorder, key, function, inputs, code)
+        if chain is None:
             return _plain(function, inputs, code)
+        self.replays[_name(function)] += 1
+        return chain.replay(inputs, code)
+
+    def _recorded(
+        self, recorder: Recorder, key: Key, function: Callable[..., Any], inputs: tuple[Any, ...], code: Code | None
+    ) -> Chain | None:
+        """Where the shape has been seen before, and recording it is possible."""
+        if _name(function) in self.refused or len(self._chains) >= self.most:
+            return None
         if key not in self._seen:
             self._seen[key] = None
             if len(self._seen) > REMEMBERED:
                 self._seen.popitem(last=False)
-            return _plain(function, inputs, code)
+            return None
         del self._seen[key]
-        with recorder.beside():
-            result = _plain(function, inputs, code)
-            try:
+        try:
+            with recorder.beside():
+                _plain(function, inputs, code and _no_code)
                 self._chains[key] = Chain(recorder, function, inputs, code is not None)
-            except Exception as error:  # whatever it is: the result is there
-                sentence = (str(error).splitlines() or [""])[0]
-                self.refused[_name(function)] = f"{type(error).__name__}: {sentence}"
-        return result
+        except Exception as error:  # whatever it is: what is called for goes on as always, or meets it again
+            sentence = (str(error).splitlines() or [""])[0]
+            self.refused[_name(function)] = f"{type(error).__name__}: {sentence}"
+        return self._chains.get(key)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -221,6 +231,11 @@ def graphs_on(device: torch.device) -> Graphs:
 
 def _plain(function: Callable[..., Any], inputs: tuple[Any, ...], code: Code | None) -> Any:
     return function(*inputs) if code is None else function(*inputs, code)
+
+
+def _no_code(step: int, mu: Tensor, ln_sigma: Tensor) -> Tensor:
+    """In the coder's place."""
+    return torch.zeros_like(mu)
 
 
 def _each(of: Callable[[Tensor], Any], value: Any) -> Any:
