@@ -12,7 +12,7 @@ import torch
 from mvcodec import codec
 from mvcodec import latents as latents_module
 from mvcodec.codec import decode_set, encode_image, in_frames
-from mvcodec.container import Stream, pack, unpack
+from mvcodec.container import Damage, Stream, pack, unpack
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, UsageError
 from mvcodec.images import Image
 from mvcodec.latents import decode_intact, decode_latents, encode_latents, snap
@@ -57,6 +57,19 @@ def test_one_walk_for_many_views_decodes_what_one_for_each_does(tiny_model):
     for one, other in zip(together[:3] + together[4:], alone[:3] + alone[4:], strict=True):
         assert all(torch.equal(*x) for x in zip(one[0], other[0], strict=True))
         assert one[1] == other[1]
+
+
+def test_what_is_cut_for_wrong_integers_is_told_by_the_sections_that_the_file_has(lattice_model):
+    stream = unpack(encoded(lattice_model, 70, 100))
+    first, second, *_ = stream.slices
+    wrong = dataclasses.replace(second, check=second.check ^ 1)
+    damage = Damage("file CRC mismatch", 9, ())
+    short = dataclasses.replace(stream, slices=(first, wrong), count=2, damage=damage)
+    with torch.inference_mode():
+        ((_, kept),) = decode_intact(lattice_model, [short])
+    assert kept.slices == (first,)
+    assert kept.damage is not None
+    assert kept.damage.missing == ("slice 1 anchor", "slice 1 non-anchor")
 
 
 @pytest.mark.parametrize("elsewhere", [(), ("cpu",)], ids=["at once", "beside the network"])

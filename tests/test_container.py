@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import chain
@@ -492,6 +493,26 @@ def test_a_damaged_header_costs_its_own_file_alone() -> None:
     damaged = data[:20] + bytes([data[20] ^ 1]) + data[21:]
     assert pieces(damaged + data) == [damaged, data]
     assert pieces(data + damaged + data) == [data, damaged, data]
+
+
+@pytest.mark.parametrize("kind", ["signatures", "headers"])
+def test_what_looks_like_many_files_is_read_a_few_times_at_most(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = container.PREFIX.build({"signature": SIGNATURE, "version": 1, "header_size": 1 << 16})
+    whole = pack(Stream(PLAIN, bytes(1 << 16), (Slice((b"", b""), 0),)))
+    data = {"signatures": start, "headers": whole[: -(1 << 16)]}[kind]
+    data *= (1 << 17) // len(data)
+    read = 0
+
+    def counted(check: Callable[[bytes], int], piece: bytes) -> int:
+        nonlocal read
+        read += len(piece)
+        return check(piece)
+
+    for name in ("crc8", "crc16"):
+        check = getattr(container, name)
+        monkeypatch.setattr(container, name, lambda piece, check=check: counted(check, piece))
+    assert b"".join(pieces(data)) == data
+    assert read < (container.PATIENCE + 2) * len(data)
 
 
 def test_a_whole_file_may_hold_another_ones_header() -> None:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import construct as c
 
@@ -40,6 +41,8 @@ MAX_SLICES = 32
 MAX_SECTION = (1 << 28) - 1  # four length bytes
 MAX_HEADER = MAX_ICC + MAX_EXIF + 4096
 MAX_PREFIX = 16  # bytes before the header, and its CRC
+PATIENCE = 16  # times a concatenation's length: bytes that are read to find where its files begin
+TRY = 1024  # bytes' worth of time that a signature costs
 
 _PASSES = ("anchor", "non-anchor")
 _FOUR_PASSES = ("anchor 0", "anchor 1", "anchor 2", "non-anchor")
@@ -287,7 +290,7 @@ def pack(stream: Stream) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "big")
 
 
-def unpack(data: bytes, *, partial: bool = False) -> Stream:
+def unpack(data: bytes | memoryview, *, partial: bool = False) -> Stream:
     """Read exactly one file: nothing may be wrong, nothing may follow.
 
     partial: of a truncated or damaged file return the leading run of intact sections, and say so in `damage`;
@@ -318,39 +321,42 @@ def unpack_header(data: bytes) -> Header:
 def split(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Cut concatenated files apart by their headers, nothing decoded: where each begins, and its bytes.
 
-    What is cut short or damaged ends where the next header stands, and comes as it is: whoever reads it is told.
+    What is cut short or damaged ends where the next header stands, and comes as it is: whoever reads it is told. Where
+    so much looks like headers that to tell them apart would take long, the rest comes in one piece.
     """
-    start = 0
-    while start < len(data):
-        following = _next_header(data, start + 1)
+    view, start = memoryview(data), 0
+    patience = PATIENCE * len(data)  # time to look grows as the data does, whatever stands there
+
+    def next_header(at: int) -> int:
+        """Where the next whole header begins; the end of the data if there is none."""
+        nonlocal patience
+        while patience > 0 and (at := data.find(SIGNATURE, at)) >= 0:
+            with suppress(BitstreamError):
+                patience -= TRY + min(_prefix(view[at:]).stop, len(data) - at)
+                _layout(view[at:])
+                return at
+            at += 1
+        return len(data)
+
+    def is_whole(piece: memoryview) -> bool:
+        nonlocal patience
+        patience -= len(piece)
         try:
-            end = start + _layout(memoryview(data)[start:]).size
+            unpack(piece)
+        except BitstreamError:
+            return False
+        return True
+
+    while start < len(data):
+        following = next_header(start + 1)
+        try:
+            end = start + _layout(view[start:]).size
         except BitstreamError:
             end = following
-        if following < end and _whole(data[start:end]):  # a header that stands in this file's own data
+        if following < end and is_whole(view[start:end]):  # a header that stands in this file's own data
             following = end
         yield start, data[start : min(end, following)]
         start = min(end, following)
-
-
-def _next_header(data: bytes, start: int) -> int:
-    """Where the next whole header begins; the end of the data if there is none."""
-    while (start := data.find(SIGNATURE, start)) >= 0:
-        try:
-            unpack_header(data[start : start + MAX_PREFIX + MAX_HEADER])
-        except BitstreamError:
-            start += 1
-        else:
-            return start
-    return len(data)
-
-
-def _whole(data: bytes) -> bool:
-    try:
-        unpack(data)
-    except BitstreamError:
-        return False
-    return True
 
 
 def check_cap(max_pixels: Any) -> None:
@@ -405,17 +411,26 @@ def integer_check(integers: bytes) -> int:
     return crc16(integers)
 
 
-def _layout(data: bytes | memoryview) -> _Layout:
-    """Read prefix and header. Looks at no byte behind the header's CRC."""
-    head = bytes(data[:16])
+class _Prefix(NamedTuple):
+    version: int
+    start: int  # of the header
+    stop: int  # where its CRC stands
+
+
+def _prefix(data: bytes | memoryview) -> _Prefix:
+    head = bytes(data[:MAX_PREFIX])
     _check_signature(head)
     if len(head) > 8 and head[8] not in VERSIONS:
         versions = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
         raise BitstreamError(f"format version {head[8]}, but this mvcodec reads versions {versions}", 8)
     stream = io.BytesIO(head)
     prefix = _parse(PREFIX, stream, "signature")
-    start = stream.tell()
-    stop = start + prefix.header_size
+    return _Prefix(prefix.version, stream.tell(), stream.tell() + prefix.header_size)
+
+
+def _layout(data: bytes | memoryview) -> _Layout:
+    """Read prefix and header. Looks at no byte behind the header's CRC."""
+    version, start, stop = _prefix(data)
     if len(data) < stop + 2:
         raise BitstreamError(f"truncated inside the header, which ends at byte {stop + 2}", len(data))
     head = bytes(data[: stop + 2])
@@ -424,21 +439,21 @@ def _layout(data: bytes | memoryview) -> _Layout:
     stream = io.BytesIO(head[:stop])
     stream.seek(start)
     meta = _parse(METADATA, stream, "header")
-    table = _parse(SECTIONS[prefix.version], stream, "section table")
+    table = _parse(SECTIONS[version], stream, "section table")
     if stream.tell() != stop:
         raise BitstreamError(f"{stop - stream.tell()} bytes of the header have no meaning", stream.tell())
 
-    names = ["hyper", *chain(*section_names(prefix.version, len(table.slices)))]
+    names = ["hyper", *chain(*section_names(version, len(table.slices)))]
     rows = [table.hyper, *chain(*(part.sections for part in table.slices))]
     sections, at = [], stop + 2
     for name, row in zip(names, rows, strict=True):
         sections.append(_Section(name, at, at + row.size, row.crc))
         at += row.size
     checks = tuple(part.check for part in table.slices)
-    return _Layout(prefix.version, _header(meta), tuple(sections), checks, at + 4)
+    return _Layout(version, _header(meta), tuple(sections), checks, at + 4)
 
 
-def _intact(data: bytes, layout: _Layout) -> tuple[list[bytes], Damage | None]:
+def _intact(data: bytes | memoryview, layout: _Layout) -> tuple[list[bytes], Damage | None]:
     """The leading run of intact sections, and what is wrong if anything is."""
     intact: list[bytes] = []
     for i, section in enumerate(layout.sections):

@@ -365,7 +365,7 @@ def decode_intact(model: Model, streams: Sequence[Stream]) -> list[tuple[Latents
             if found.slice == 0:
                 found = BitstreamError(f"hyper-latent or first slice is corrupt ({found})")
                 break
-            names = section_names(kept.version, model.net.config.slices)
+            names = section_names(kept.version, kept.count)
             lost = tuple(name for part in names[found.slice :] for name in part)
             damage = Damage(f"wrong integers in slice {found.slice}: corrupt", kept.damage.offset, lost)
             kept = replace(kept, slices=kept.slices[: found.slice], damage=damage)
