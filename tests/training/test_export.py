@@ -105,6 +105,14 @@ def test_export_gives_the_model_file_that_training_gave_and_a_card(run, tmp_path
     assert call("export", run / "checkpoint.pt", "-o", tmp_path / "mine.pt") == 2
 
 
+def test_a_checkpoint_older_than_a_setting_has_its_default(run, tmp_path):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    del state["train_config"]["distortion"]
+    torch.save(state, tmp_path / "old.pt")
+    assert call("export", tmp_path / "old.pt", "-o", tmp_path / "old.safetensors") == 0
+    assert load_model(tmp_path / "old.safetensors").about["distortion"] == "mse"
+
+
 def test_bits_of_another_model_keep_its_id(run, tmp_path, capfd):
     wide, kept = tmp_path / "wide.safetensors", tmp_path / "kept.safetensors"
     assert call("export", run / "checkpoint.pt", "-o", wide) == 0  # not calibrated: other integers

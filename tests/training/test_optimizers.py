@@ -1,6 +1,7 @@
 """Muon: orthogonal steps of AdamW's size, on hidden convolutions alone. What learns goes on where it was ended."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mvcodec.training.optimizers import (
     fit,
     optimizers_for,
     orthogonalised,
+    take_up,
 )
 
 
@@ -58,6 +60,32 @@ def test_every_parameter_has_one_optimizer_and_its_rate():
     assert "para_jd.fine.stage8.blocks.0.conv1.weight" in of["muon"]
     assert all(name.endswith(".weight") and model.get_parameter(name).ndim == 4 for name in of["muon"])
     assert list(optimizers_for(model, "adamw")) == ["optimizer"]
+
+
+def test_moments_of_weights_that_lay_otherwise_are_still_theirs():
+    """A run may begin on a processor with channels last and go on where the other order is faster."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(8, 6, 3, 3), torch.randn(4, 8, 6, 3, 3)
+
+    def begun(order: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        layer = nn.Conv2d(6, 8, 3, bias=False)
+        layer.weight.data.copy_(start)
+        layer.to(memory_format=order)
+        return layer.weight, optimizers_for(layer, "adamw")["optimizer"]
+
+    def stepped(weight: nn.Parameter, optimizer: torch.optim.Optimizer, some: Tensor) -> Tensor:
+        for gradient in some:
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+            optimizer.step()
+        return weight.detach().clone()
+
+    for group in (kept := begun(torch.channels_last))[1].param_groups:
+        group["lr"] = 0.01
+    middle = stepped(*kept, gradients[:2])
+    weight, optimizer = begun(torch.contiguous_format)
+    weight.data.copy_(middle)
+    take_up(optimizer, deepcopy(kept[1].state_dict()))
+    torch.testing.assert_close(stepped(weight, optimizer, gradients[2:]), stepped(*kept, gradients[2:]))
 
 
 def test_muon_resumes_as_if_it_had_not_stopped(scenes_folder, tiny_model_file, tmp_path):

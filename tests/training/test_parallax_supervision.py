@@ -82,6 +82,20 @@ def test_the_target_is_the_match_and_nothing_else(para_jd: ParaJD) -> None:
     assert loss(1, 2) < 0.3 * min(loss(0, 2), loss(1, 1), loss(1, 3), loss(2, 2))
 
 
+def test_each_set_of_views_weighs_alike(para_jd: ParaJD) -> None:
+    """So that processes that have some of them each find together what one finds that has all."""
+    with torch.no_grad():
+        for weight in para_jd.parameters():
+            weight *= 2  # no attention looks everywhere alike
+    sets = [scene(8.0, 16.0), scene(-16.0, 40.0)]
+    alone = [fused(para_jd, pictures).loss(pictures).item() for pictures in sets]
+    both = torch.cat(sets)
+    with ParallaxSupervision(para_jd) as parallax:
+        para_jd(torch.cat([latents(pictures) for pictures in sets]), torch.zeros(2, 2, 1))
+    assert abs(alone[0] - alone[1]) > 1e-3
+    assert parallax.loss(both).item() == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
 def test_nothing_is_watched_afterwards_and_lone_views_teach_nothing(para_jd: ParaJD) -> None:
     pictures = scene(0.0, 0.0)
     parallax = fused(para_jd, pictures)

@@ -42,7 +42,7 @@ from mvcodec.training.distributed import Processes, WholeBatchNoise, own_device
 from mvcodec.training.klt import block_covariance
 from mvcodec.training.layout import memory_format
 from mvcodec.training.losses import check_distortion, loss_of
-from mvcodec.training.optimizers import OPTIMIZERS, FiniteSteps, optimizers_for
+from mvcodec.training.optimizers import OPTIMIZERS, FiniteSteps, optimizers_for, take_up
 from mvcodec.training.parallax_supervision import ParallaxSupervision
 from mvcodec.training.rounding import calibration_on, count_in_integers
 from mvcodec.training.sampling import Batches, CropSampler
@@ -112,7 +112,7 @@ class Trainer:
             self.ema.shadow |= {k: v.to(self.device) for k, v in state["ema"].items()}
             for name, optimizer in self.optimizers.items():
                 try:
-                    optimizer.load_state_dict(state[name])
+                    take_up(optimizer, state[name])
                 except ValueError as error:
                     raise UsageError(
                         f"{checkpoint}: was written by a run that trained other weights; begin with --start-from it"

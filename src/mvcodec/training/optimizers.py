@@ -55,6 +55,16 @@ def optimizers_for(model: nn.Module, kind: str) -> dict[str, Optimizer]:
     return found
 
 
+def take_up(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load its state, laid out as the weights are here: a fused step pairs numbers by where they lie, and a run may
+    have begun on a processor that has another order (layout.py)."""
+    optimizer.load_state_dict(state)
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():
+            if value.shape == parameter.shape:
+                held[name] = torch.empty_like(parameter).copy_(value)
+
+
 def is_hidden(name: str, parameter: nn.Parameter) -> bool:
     """Whether it is a dense convolution's weight between features."""
     return parameter.ndim == 4 and parameter.shape[1] > 1 and not any(edge in name for edge in EDGES)

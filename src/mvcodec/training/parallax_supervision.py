@@ -80,12 +80,15 @@ class ParallaxSupervision:
                         torch.stack([getattr(aligned[b][k], name) for b in range(batch)], 1).flatten(0, 1)
                         for name in ("flow", "consistency")
                     )  # sides first, as the fusion has them
-                    terms.append(_cross_entropy(call, flow, consistency) / (len(calls) * len(self.seen)))
+                    terms.append(_cross_entropy(call, flow, consistency, batch) / (len(calls) * len(self.seen)))
         return torch.stack(terms).sum()
 
 
-def _cross_entropy(call: _Attention, flow: Tensor, consistency: Tensor) -> Tensor:
-    """flow [N, 2, H, W] in pixels, consistency [N, 1, H, W]; mean of HPA's and VPA's."""
+def _cross_entropy(call: _Attention, flow: Tensor, consistency: Tensor, sets: int) -> Tensor:
+    """flow [N, 2, H, W] in pixels, consistency [N, 1, H, W]; mean of HPA's and VPA's, over the sets of views.
+
+    Each set weighs alike, so that sets may be divided among processes.
+    """
     height, width = call.main.value.shape[-2:]
     stride = flow.shape[-1] / width
     flow = F.adaptive_avg_pool2d(flow, (height, width)) / stride
@@ -101,7 +104,8 @@ def _cross_entropy(call: _Attention, flow: Tensor, consistency: Tensor) -> Tenso
         down = _scores(call.main.column_key.mT, call.column_key.mT, call.scale).transpose(1, 2)  # [N, h, w, h]
     there = to_row.round().clamp(0, height - 1).long()[..., None].expand(-1, -1, -1, width)
     error = _at(across.gather(1, there), to_column) / math.log(width) + _at(down, to_row) / math.log(height)
-    return (weight * error).sum() / (2 * weight.sum() + 1e-3)
+    lost, seen = (x.unflatten(0, (-1, sets)).sum(dim=(0, 2, 3)) for x in (weight * error, weight))
+    return (lost / (2 * seen + 1e-3)).mean()
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
