@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=1, help="of each scene")
     parser.add_argument("--runs", type=int, default=5, help="for the times")
     given = parser.parse_args()
-    config, weights, _ = starting_weights(given.checkpoint)
+    config, weights, *_ = starting_weights(given.checkpoint)
     net = ParaHydra(config)
     net.load_state_dict(weights)
     net.requires_grad_(False).eval()

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", type=int, default=170, help="pairs of crops")
     parser.add_argument("--crop", type=int, nargs=2, default=(256, 384), metavar=("H", "W"))
     given = parser.parse_args(arguments)
-    config, weights, _ = starting_weights(given.checkpoint)
+    config, weights, *_ = starting_weights(given.checkpoint)
     net = ParaHydra(config)
     net.load_state_dict(weights)
     found = list(cases(net.eval(), given.data, given.sets, tuple(given.crop)))

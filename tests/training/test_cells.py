@@ -124,6 +124,11 @@ def test_without_peers_what_they_change_is_left_to_the_plain_curve(config, tmp_p
 def test_what_it_cannot_do_is_refused(config, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="knows no distortion ms-ssim"):
         train(replace(config, distortion="ms-ssim"), progress=False)
+    state = torch.load(config.start_from, weights_only=True)
+    state["train_config"]["distortion"] = "ms-ssim"
+    torch.save(state, tmp_path / "ms.pt")
+    with pytest.raises(UsageError, match=r"ms\.pt: was trained for ms-ssim, and stage cells lowers squared error"):
+        train(replace(config, start_from=str(tmp_path / "ms.pt")), progress=False)
     with pytest.raises(UsageError, match="is nothing that stage cells knows"):
         train(replace(config, crop=64), progress=False)
     own = tmp_path / "cells" / "helped" / "notes.txt"

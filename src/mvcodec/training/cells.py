@@ -191,7 +191,9 @@ def learn_cells(config: TrainConfig, progress: bool = True, quiet: bool = False)
         return checkpoint
     if config.threads:
         torch.set_num_threads(config.threads)
-    model_config, weights, bits = start_of(config)
+    model_config, weights, bits, distortion = start_of(config)
+    if distortion != "mse":  # they would lose by it, and no longer say what they are for
+        raise UsageError(f"{config.start_from}: was trained for {distortion}, and stage cells lowers squared error")
     net = ParaHydra(model_config)
     load_weights(net, {**net.state_dict(), **weights}, Path(config.start_from))
     if net.cells is None or net.cell_synthesis is None:

@@ -151,15 +151,18 @@ class Start(NamedTuple):
     config: ModelConfig
     weights: dict[str, Tensor]
     bits: dict[str, dict[str, Tensor]]  # see `bits_of`
+    distortion: str  # that they were trained for
 
 
 def starting_weights(path: Path) -> Start:
     """Of a run's checkpoint (its averages) or a released model file; ModelError if it is neither."""
     if path.suffix == ".safetensors":
-        net = load_model(path).net
-        return Start(net.config, net.state_dict(), {"entropy": read_entropy_path(path, net.config)})
+        model = load_model(path)
+        config, bits = model.net.config, {"entropy": read_entropy_path(path, model.net.config)}
+        return Start(config, model.net.state_dict(), bits, model.about.get("distortion", TrainConfig.distortion))
     state = read_checkpoint(path)
-    return Start(ModelConfig.from_dict(state["model_config"]), state["ema"], bits_of(state))
+    distortion = state["train_config"].get("distortion", TrainConfig.distortion)
+    return Start(ModelConfig.from_dict(state["model_config"]), state["ema"], bits_of(state), distortion)
 
 
 def start_of(config: TrainConfig) -> Start:

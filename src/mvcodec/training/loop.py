@@ -86,7 +86,7 @@ class Trainer:
             self.model = ParaHydra(ModelConfig.from_dict(state["model_config"]))
             self.bits = bits_of(state)
         elif start is not None:
-            model_config, weights, bits = start
+            model_config, weights, bits, _ = start
             self.model = ParaHydra(model_config)
             load_weights(self.model, weights, Path(config.start_from))
             if self.keeps_bits:

@@ -148,7 +148,7 @@ def refine(config: TrainConfig, progress: bool = True, quiet: bool = False) -> P
     if config.threads:
         torch.set_num_threads(config.threads)
     source = Path(config.start_from) if state is None else checkpoint
-    model_config, weights, bits = start_of(config) if state is None else starting_weights(checkpoint)
+    model_config, weights, bits, _ = start_of(config) if state is None else starting_weights(checkpoint)
     model_config = replace(model_config, refine="aligned")
     net = ParaHydra(model_config)
     # What the earlier stage does not know of the refinement keeps its zero start.
