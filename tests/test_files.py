@@ -43,6 +43,18 @@ def test_a_link_stays_and_what_it_leads_to_is_new(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "link.bin"]
 
 
+def test_what_is_no_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+
+    def write() -> None:
+        with atomic(tmp_path / "a.png" / "b.phv"):
+            pass
+
+    with pytest.raises(NotADirectoryError, match="Not a directory") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_nothing_is_left_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
     def write_half() -> None:

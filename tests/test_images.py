@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as pil
-from PIL import ImageCms, ImageOps
+from PIL import ImageCms, ImageOps, features
 
 from mvcodec import images
 from mvcodec.errors import PictureError
@@ -31,6 +32,13 @@ def saved(picture: pil.Image, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def deep_jpeg_2000() -> bytes:
+    """Colour whose header says that it is of 16 bits a sample."""
+    data = bytearray(saved(pil.fromarray(RGB), "JPEG2000"))
+    data[data.index(b"\xff\x4f\xff\x51") + 42] = 15
+    return bytes(data)
 
 
 @pytest.mark.parametrize("pixels", [RGB, GREY, RGB16, GREY16], ids=["rgb", "grey", "rgb16", "grey16"])
@@ -92,26 +100,50 @@ def test_palette_becomes_rgb() -> None:
     np.testing.assert_array_equal(images.read(saved(palette, "GIF")).pixels, np.asarray(palette.convert("RGB")))
 
 
+def tiff(pixels: np.ndarray, byte_order: str = "<", **tags: int) -> bytes:
+    """One uncompressed strip of 16-bit samples, which Pillow cannot write in colour; further tags by name."""
+    height, width = pixels.shape[:2]
+    samples = pixels.astype(np.dtype(np.uint16).newbyteorder(byte_order)).tobytes()
+    named = {"bits": 258, "photometric": 262, "orientation": 274, "planar": 284}
+    values = {
+        256: width,
+        257: height,
+        258: 16,
+        259: 1,
+        262: 1 + pixels.ndim // 3,
+        273: 8,
+        277: pixels.ndim // 3 * 2 + 1,
+    }
+    values |= {278: height, 279: len(samples)} | {named[name]: value for name, value in tags.items()}
+    entries = b"".join(struct.pack(f"{byte_order}HHII", tag, 4, 1, values[tag]) for tag in sorted(values))
+    directory = struct.pack(f"{byte_order}H", len(values)) + entries + bytes(4)
+    mark = b"II" if byte_order == "<" else b"MM"
+    return mark + struct.pack(f"{byte_order}HI", 42, 8 + len(samples)) + samples + directory
+
+
 def test_all_sixteen_bits_of_colour_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images.read(encode_png16(RGB16)).pixels, RGB16)
-    # A minimal little-endian TIFF with one uncompressed strip of 16-bit RGB, which Pillow cannot write.
-    tags = [
-        (256, 7),
-        (257, 5),
-        (258, 16),
-        (259, 1),
-        (262, 2),
-        (273, 122),
-        (277, 3),
-        (278, 5),
-        (279, 5 * 7 * 6),
-    ]
-    short = (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
-    entries = b"".join(tag.to_bytes(2, "little") + short + value.to_bytes(4, "little") for tag, value in tags)
-    directory = len(tags).to_bytes(2, "little") + entries + bytes(4)
-    data = b"II*\0" + (8).to_bytes(4, "little") + directory
-    data = data.ljust(122, b"\0") + RGB16.astype("<u2").tobytes()
-    np.testing.assert_array_equal(images.read(data).pixels, RGB16)
+    for byte_order in "<>":
+        np.testing.assert_array_equal(images.read(tiff(RGB16, byte_order)).pixels, RGB16)
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("pixels", [RGB16, GREY16], ids=["rgb16", "grey16"])
+def test_deep_tiffs_are_turned_once_all_bits_of_them(pixels: np.ndarray, byte_order: str) -> None:
+    turned = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1]]
+    turned += [view.swapaxes(0, 1) for view in (pixels, pixels[::-1], pixels[::-1, ::-1], pixels[:, ::-1])]
+    for orientation, expected in enumerate(turned, 1):
+        image = images.read(tiff(pixels, byte_order, orientation=orientation))
+        np.testing.assert_array_equal(image.pixels, expected)
+
+
+def test_grey_kinds_of_tiff_mean_what_they_say() -> None:
+    np.testing.assert_array_equal(images.read(tiff(GREY16, photometric=0)).pixels, 65535 - GREY16)  # white is zero
+    twelve = np.array([[0x000, 0xFFF, 0x800, 0x123]])
+    packed = np.array([[0x00, 0x0F, 0xFF, 0x80, 0x01, 0x23]], np.uint8)
+    data = bytearray(tiff(np.zeros(twelve.shape, np.uint16), bits=12))
+    data[8 : 8 + packed.size] = packed.tobytes()
+    assert images.read(bytes(data)).pixels.tolist() == [[0, 65535, 0x8008, 0x1231]]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
@@ -170,11 +202,24 @@ def test_metadata_that_a_format_cannot_hold_is_refused(exif: bytes, suffix: str)
         images.to_bytes(Image(RGB, exif=exif), suffix)
 
 
+def test_a_tag_that_cannot_be_written_again_leaves_the_picture_upright() -> None:
+    def entry(tag: int, kind: int, value: int) -> bytes:
+        return struct.pack("<HHII", tag, kind, 1, value)
+
+    broken = b"II*\0\x08\0\0\0\x02\0" + entry(0x0112, 3, 6) + entry(296, 4, 70000) + bytes(4)
+    data = saved(pil.fromarray(RGB), "JPEG", exif=b"Exif\0\0" + broken)
+    image = images.read(data)
+    assert (image.height, image.width, image.exif) == (RGB.shape[1], RGB.shape[0], b"")
+
+
 def test_metadata_that_says_nothing_costs_nothing() -> None:
     exif = pil.Exif()
     exif[0x0112] = 6
     assert images.read(saved(pil.fromarray(RGB), "JPEG", exif=exif)).exif == b""
-    assert Image(RGB, icc=b"x", exif=b"y").without_metadata() == Image(RGB)
+    bare = Image(RGB, icc=b"x", exif=b"y").without_metadata()
+    assert (bare.pixels is RGB, bare.icc, bare.exif) == (True, b"", b"")
+    assert bare != Image(RGB)  # by identity, as views and models
+    assert len({bare, Image(RGB)}) == 2
 
 
 def test_tiff_structure_is_not_taken_for_metadata() -> None:
@@ -192,23 +237,51 @@ def test_tiff_structure_is_not_taken_for_metadata() -> None:
         (saved(pil.fromarray(RGB).convert("CMYK"), "JPEG"), "CMYK"),
         (saved(pil.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "samples of kind 'F'"),
         (saved(pil.fromarray(RGB[..., 0].astype(np.int32)), "TIFF"), "samples of kind 'I'"),
+        (tiff(RGB16, planar=2), "more than 8 bits a sample, in a form that would lose some"),
+        (
+            deep_jpeg_2000(),
+            "more than 8 bits a sample, in a form that would lose some",
+        ),
         (b"P6 7 5 65535\n" + RGB16.astype(">u2").tobytes(), "lose its low bits"),
         (saved(pil.fromarray(RGB), "GIF", save_all=True, append_images=[pil.fromarray(RGB // 2)]), "holds 2"),
         (saved(pil.fromarray(RGB))[:-30], "cannot be read"),
         (b"", "not a picture"),
         (b"hello", "not a picture"),
     ],
-    ids=["cmyk", "float", "int32", "ppm16", "animation", "truncated", "empty", "text"],
+    ids=["cmyk", "float", "int32", "planes", "jp2", "ppm16", "animation", "truncated", "empty", "text"],
 )
 def test_refused_with_a_sentence(data: bytes, sentence: str) -> None:
     with pytest.raises(PictureError, match=sentence):
         images.read(data)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_deep_avif_is_refused() -> None:
+    """16 x 16 black pixels of ten bits, by ffmpeg's libaom."""
+    with pytest.raises(PictureError, match="more than 8 bits a sample"):
+        images.read(Path(__file__).parent / "golden" / "ten_bits.avif")
+
+
 def test_size_cap_is_checked_before_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(PictureError, match="7 x 5 pixels, over the cap of 34"):
         images.read(saved(pil.fromarray(RGB)), max_pixels=34)
+
+
+def test_what_the_cap_allows_is_read_whatever_pillow_thinks_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 8)
+    for kind in ("PNG", "TIFF"):
+        np.testing.assert_array_equal(images.read(saved(pil.fromarray(RGB), kind)).pixels, RGB)
+    assert pil.MAX_IMAGE_PIXELS == 8
+
+
+def test_pixels_of_sixteen_bits_have_samples_of_fewer() -> None:
+    pixels = struct.pack("<2H", 0xF800, 0x07E0)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    header += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    start = 14 + len(header)
+    data = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + pixels
+    assert images.read(data).pixels.tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
 def test_smallest_picture() -> None:

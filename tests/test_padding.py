@@ -38,6 +38,9 @@ def test_a_picture_that_fills_the_grid_is_left_alone():
 def test_a_latent_that_holds_a_single_row_of_the_picture_is_shown():
     mask = shown((65, 48), torch.zeros(1, 32, 8, 4))
     assert mask is not None
+    assert mask[0, 0].tolist() == [[1, 1, 1, 1]] * 5 + [[0] * 4] * 3  # a column beyond, as 48 is a latent's border
+    mask = shown((65, 47), torch.zeros(1, 32, 8, 4))
+    assert mask is not None
     assert mask[0, 0].tolist() == [[1, 1, 1, 0]] * 5 + [[0] * 4] * 3
 
 

@@ -112,7 +112,8 @@ def decode_set(
     max_memory: bytes to stay within, the program's own included; UsageError where that cannot be. Freed memory goes
         back to the system from then on, whatever `mvcodec.runtime.prepare` has said.
     model: None finds the weights that the files name; views of one model help each other.
-    on_failure: see `mvcodec.codec.decode_set`.
+    on_failure: see `mvcodec.codec.decode_set`. Damaged files, and those whose weights are missing, raise all the same.
+    Every file is a view of its own: what the command `decode` knows of cameras that are there twice is not asked here.
 
     Raises BitstreamError for a file that is damaged, ModelError for weights that are not there, DesyncError where the
     integers are not those that were encoded, UsageError for other arguments, OSError where a file cannot be opened.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -41,8 +42,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     The temporary file lies in the same folder, because a rename is atomic only within one file system. A link stays
     one, to a file that is new.
     """
-    path = path.resolve() if path.is_symlink() else path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
     part: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".mvcodec-", suffix=".part")

@@ -5,9 +5,10 @@ What the codec can keep is kept; what it cannot is refused with a sentence, neve
     grey, 1-bit             -> [H, W]     uint8, stays grey
     RGB, palette, YCbCr     -> [H, W, 3]  uint8
     16-bit grey             -> [H, W]     uint16
+    12-bit grey (TIFF)      -> [H, W]     uint16, spread over the full range
     16-bit RGB (PNG, TIFF)  -> [H, W, 3]  uint16
     any of these with alpha -> refused, or flattened where the caller says how
-    CMYK, Lab, float, 32-bit, animations, 16-bit PPM colour -> refused
+    CMYK, Lab, float, 32-bit, animations, other kinds of deep colour (PPM, JPEG 2000, AVIF, TIFF in planes) -> refused
 
 The EXIF orientation is baked into the pixels and its tag removed, so that no viewer turns the picture twice.
 """
@@ -18,9 +19,10 @@ import io
 import os
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 Alpha = Literal["refuse", "drop", "white", "black"]
 
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG, _PLANAR_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 284, 258, 262
 # EXIF orientation -> (transpose, flip rows, flip columns), applied in that order.
 _ORIENTATIONS = {
     1: (False, False, False),
@@ -71,9 +73,10 @@ _SUFFIXES_16_BIT = (".png", ".tif", ".tiff")
 # What a TIFF file says about the scene; its other tags describe how its own pixels are stored.
 _TIFF_TAGS_KEPT = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 0x8769, 0x8825}
 _EXIF_PREFIX = b"Exif\0\0"
+_LIMIT = threading.Lock()  # Pillow's is one for all threads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image:
     """One picture: `pixels` [H, W, 3] (RGB) or [H, W] (grey), uint8 or uint16 over its full range."""
 
@@ -118,11 +121,14 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
         raise UsageError(f"alpha {alpha!r} is none of {', '.join(get_args(Alpha))}")
     check_cap(max_pixels)
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with _readable(), _open(data, max_pixels) as picture:
+    with _readable(), _unlimited(max_pixels), _open(data, max_pixels) as picture:
         _refuse_frames(picture)
         layout = _layout(picture)  # first of all: to load the pixels is to forget it
-        if picture.format == "PNG":
-            picture.load()  # getexif() would, and take what is wrong with them for a fault of the EXIF
+        _refuse_depth(picture, data)
+        if picture.format in ("PNG", "TIFF"):
+            # PNG: getexif() would, and take what is wrong with them for a fault of the EXIF. TIFF: Pillow turns the
+            # picture as it loads it, unless the orientation is taken away, and then its size may be wrong.
+            picture.load()
         orientation, exif = _exif(picture)
         icc = picture.info.get("icc_profile") or b""
         if picture.has_transparency_data:
@@ -189,6 +195,22 @@ def to_bytes(image: Image, suffix: str = ".png") -> bytes:
 
 
 @contextmanager
+def _unlimited(max_pixels: int) -> Iterator[None]:
+    """Without Pillow's own limit where that is lower than the caller's."""
+    from PIL import Image as pil
+
+    if pil.MAX_IMAGE_PIXELS is None or max_pixels <= 2 * pil.MAX_IMAGE_PIXELS:  # beyond, it raises
+        yield
+        return
+    with _LIMIT:
+        limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            pil.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
 def _readable() -> Iterator[None]:
     """Turn whatever Pillow raises on a bad file into a PictureError; its warnings help nobody here."""
     with warnings.catch_warnings():
@@ -223,6 +245,22 @@ def _refuse_frames(picture: ImageFile) -> None:
         raise PictureError(f"holds {frames} pictures; split it into one file each")
 
 
+def _refuse_depth(picture: ImageFile, data: bytes) -> None:
+    """Colour of more than eight bits that Pillow would cut down to eight, or shuffle."""
+    deep = False
+    if picture.format == "TIFF":
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        deep = tags.get(_PLANAR_TAG) == 2 and max(tags.get(_BITS_TAG, (1,))) > 8
+    elif picture.format == "JPEG2000" and picture.mode not in ("I;16", "I"):
+        size = data.find(b"\xff\x4f\xff\x51")  # its codestream begins with the marker segment SIZ
+        deep = size >= 0 and len(data) > size + 42 and data[size + 42] & 127 > 7
+    elif picture.format == "AVIF":
+        settings = data.find(b"av1C")
+        deep = settings >= 0 and len(data) > settings + 6 and bool(data[settings + 6] & 64)  # high_bitdepth
+    if deep:
+        raise PictureError("is of more than 8 bits a sample, in a form that would lose some; convert it to 16-bit PNG")
+
+
 def _layout(picture: ImageFile) -> str:
     """How the samples lie in the file ("RGB;16B", "RGB > 255"), which `picture.mode` does not tell."""
     if not picture.tile:
@@ -235,15 +273,15 @@ def _layout(picture: ImageFile) -> str:
 
 def _exif(picture: ImageFile) -> tuple[int, bytes]:
     """Orientation, to be baked in, and the EXIF data as a bare TIFF stream without it and without a preview."""
-    try:
+    orientation = 1
+    with suppress(Exception):  # whatever stands there: a picture is none the worse for it
         exif = picture.getexif()
         orientation = exif.pop(_ORIENTATION_TAG, 1)
         if picture.format == "TIFF":
             for tag in set(exif) - _TIFF_TAGS_KEPT:
                 del exif[tag]
         return orientation, exif.tobytes().removeprefix(_EXIF_PREFIX) if len(exif) else b""
-    except Exception:  # whatever stands there: a picture is none the worse for it
-        return 1, b""
+    return orientation, b""
 
 
 def _flatten(picture: ImageFile, layout: str, alpha: Alpha) -> Pixels:
@@ -251,7 +289,7 @@ def _flatten(picture: ImageFile, layout: str, alpha: Alpha) -> Pixels:
 
     if alpha == "refuse":
         raise PictureError("has an alpha channel, which is not coded", "say --alpha drop, white or black")
-    if "16" in layout:
+    if _is_deep(layout):
         raise PictureError("is 16-bit with an alpha channel; flatten it first")
     grey = picture.mode in ("1", "L", "LA")
     rgba = picture.convert("RGBA")
@@ -282,8 +320,13 @@ def _opposite(arguments: Any) -> Any:
 def _plain(picture: ImageFile, layout: str) -> Pixels:
     mode = picture.mode
     if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
-        return np.asarray(picture).astype(np.uint16)
-    if "16" in layout:
+        pixels: NDArray[np.uint16] = np.asarray(picture).astype(np.uint16)
+        if layout == "I;12":
+            pixels = pixels << np.uint16(4) | pixels >> np.uint16(8)
+        if picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC_TAG) == 0:  # type: ignore[attr-defined]
+            pixels = ~pixels  # white is zero
+        return pixels
+    if _is_deep(layout):
         raise PictureError("is 16-bit of a kind that would lose its low bits; convert it to 16-bit PNG")
     if mode in ("1", "L"):
         return np.asarray(picture.convert("L"))
@@ -292,6 +335,11 @@ def _plain(picture: ImageFile, layout: str) -> Pixels:
     if mode == "CMYK":
         raise PictureError("is CMYK, which only its printer's profile can turn into RGB; convert it first")
     raise PictureError(f"has samples of kind {mode!r}; convert it to 8 or 16-bit grey or RGB first")
+
+
+def _is_deep(layout: str) -> bool:
+    """Whether samples have 16 bits: in BMP, pixels may."""
+    return "16" in layout and not layout.startswith("BGR;16")
 
 
 def _turn(pixels: Pixels, orientation: int) -> Pixels:

@@ -42,11 +42,12 @@ def _fading(edge: Pixels, count: int) -> Pixels:
 
 
 def shown(size: tuple[int, int], y: Tensor) -> Tensor | None:
-    """Of latents y [.., h, w], which hold any of a picture of this height and width: 1, else 0 [1, 1, h, w].
+    """Of latents y [.., h, w], which hold any of a picture of this height and width, or of the line beyond: 1, else 0.
 
-    None if all do.
+    The line beyond, because synthesis takes pixels beside a latent's border from both sides. [1, 1, h, w], None if all
+    do.
     """
-    rows, columns = (-(-side // LATENT_STRIDE) for side in size)
+    rows, columns = (min(side // LATENT_STRIDE + 1, n) for side, n in zip(size, y.shape[-2:], strict=True))
     if (rows, columns) == y.shape[-2:]:
         return None
     mask = torch.zeros(1, 1, *y.shape[-2:])

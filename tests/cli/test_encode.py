@@ -78,6 +78,22 @@ def test_what_is_no_file_is_not_replaced(cli: Cli, scene: Path) -> None:
     assert Path("pipe.phv").is_fifo()
 
 
+def test_a_name_that_is_too_long_fails_alone(cli: Cli, scene: Path) -> None:
+    long = Path("many") / f"{'x' * 251}.png"
+    long.parent.mkdir()
+    for name in (long, Path("many/short.png")):
+        shutil.copy(scene / "C1/00000000.png", name)
+    outcome = cli("encode", "many", "-o", "coded", "-q", "33.333", "--json")
+    assert outcome.code == 0
+    assert [record["quality"] for record in outcome.records] == [33.33, 33.33]  # as the files have it
+    outcome = cli("decode", "coded", "-o", "out", "--format", "webp", "--preview", "--json")
+    assert outcome.code == 6
+    assert sorted(record.get("error") is None for record in outcome.records) == [False, True]
+    assert Path("out/short.webp").exists()
+    assert cli("decode", "coded", "-o", "out", "--maps", "maps", "--json").code == 0
+    assert len(list(Path("maps").iterdir())) == 2
+
+
 def test_nothing_is_overwritten_unless_asked(cli: Cli, scene: Path) -> None:
     out = Path("coded/C1/00000000.phv")
     out.parent.mkdir(parents=True)

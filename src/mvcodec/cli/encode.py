@@ -154,7 +154,7 @@ def encode(
             "bpp": round(8 * len(data) / pixels, 6),
             "width": image.width,
             "height": image.height,
-            "quality": used,
+            "quality": round(100 * used) / 100,  # as the file has it
             **view._asdict(),
             "model_id": weights.id.hex(),
             "seconds": round(seconds, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mvcodec.errors import UsageError
 from mvcodec.files import atomic
 from mvcodec.frames import Source, safe_path
 
+LONGEST = 255  # bytes that a name may have
 FULL = 0.5  # share from which green is pure: a view and one peer that count alike
 
 
@@ -43,7 +45,9 @@ class Maps:
         paths: list[Path] = []
         for number, peer in enumerate(peers):
             name = safe_path(peer, None, None) if peer else f"view{number}"
-            path = self.folder / view.relative.with_name(f"{view.relative.stem}.from_{name}.png")
+            ending = f".from_{name}.png"
+            stem = os.fsencode(view.relative.stem)[: LONGEST - len(os.fsencode(ending))].decode(errors="ignore")
+            path = self.folder / view.relative.with_name(f"{stem}{ending}")
             if path in paths:  # of another id, equal but for what no file name may hold
                 path = path.with_name(f"{path.stem}.{number}.png")
             paths.append(path)

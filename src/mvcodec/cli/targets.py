@@ -50,7 +50,7 @@ def read(source: Source) -> bytes:
     if source.path != STDIN:
         return source.path.read_bytes()
     if sys.stdin is None:
-        raise UsageError("-: stdin is closed")
+        raise UsageError("stdin is closed")
     return sys.stdin.buffer.read()
 
 
@@ -125,9 +125,9 @@ class Targets:
             seen[place] = source
             if place == absolute(source.path):
                 raise UsageError(f"{path}: is both input and output")
-            if path.exists() and not path.is_file():
+            if is_there(path) and not path.is_file():
                 raise UsageError(f"{path}: is there, and no file that could be overwritten; -o - writes to stdout")
-            if path.exists() and not (self.force or self.skip_existing):
+            if is_there(path) and not (self.force or self.skip_existing):
                 raise UsageError(f"{path}: exists; overwrite with -f or leave it with --skip-existing")
         return paths
 
@@ -141,7 +141,7 @@ class Targets:
         return default if self.output is None or self.is_folder else self.output.suffix or default
 
     def skips(self, path: Path) -> bool:
-        return self.skip_existing and path != STDIN and path.exists()
+        return self.skip_existing and path != STDIN and is_there(path)
 
     def write(self, path: Path, data: bytes) -> None:
         if path == STDIN:
@@ -151,6 +151,14 @@ class Targets:
         else:
             with atomic(path) as file:
                 file.write(data)
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything is; of a name that is too long, whoever writes it is told."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _ended(path: Path, suffix: str) -> Path:
