@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,15 @@ def colours(share: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return picture
 
 
+def _named(view: str, peer: str) -> str:
+    """VIEW.from_PEER.png, of a long name the beginning and a hash."""
+    ending = f".from_{peer}.png"
+    raw, room = os.fsencode(view), LONGEST - len(os.fsencode(ending))
+    if len(raw) > room:
+        view = f"{raw[: room - 9].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    return f"{view}{ending}"
+
+
 class Maps:
     """Where the maps of each view go: `DIR/view.from_PEER.png`, folders as those of the inputs."""
 
@@ -45,9 +55,7 @@ class Maps:
         paths: list[Path] = []
         for number, peer in enumerate(peers):
             name = safe_path(peer, None, None) if peer else f"view{number}"
-            ending = f".from_{name}.png"
-            stem = os.fsencode(view.relative.stem)[: LONGEST - len(os.fsencode(ending))].decode(errors="ignore")
-            path = self.folder / view.relative.with_name(f"{stem}{ending}")
+            path = self.folder / view.relative.with_name(_named(view.relative.stem, name))
             if path in paths:  # of another id, equal but for what no file name may hold
                 path = path.with_name(f"{path.stem}.{number}.png")
             paths.append(path)
