@@ -54,7 +54,7 @@ class Maps:
         """Where the map of each peer goes, in the order of their camera ids."""
         paths: list[Path] = []
         for number, peer in enumerate(peers):
-            name = safe_path(peer, None, None) if peer else f"view{number}"
+            name = str(safe_path(peer, None, None)) if peer else f"view{number}"
             path = self.folder / view.relative.with_name(_named(view.relative.stem, name))
             if path in paths:  # of another id, equal but for what no file name may hold
                 path = path.with_name(f"{path.stem}.{number}.png")
