@@ -73,7 +73,6 @@ _SUFFIXES_16_BIT = (".png", ".tif", ".tiff")
 # What a TIFF file says about the scene; its other tags describe how its own pixels are stored.
 _TIFF_TAGS_KEPT = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, 0x8769, 0x8825}
 _EXIF_PREFIX = b"Exif\0\0"
-_LIMIT = threading.Lock()  # Pillow's is one for all threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ def read(source: str | os.PathLike[str] | bytes, *, alpha: Alpha = "refuse", max
         raise UsageError(f"alpha {alpha!r} is none of {', '.join(get_args(Alpha))}")
     check_cap(max_pixels)
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with _readable(), _unlimited(max_pixels), _open(data, max_pixels) as picture:
+    with _readable(), _LIMIT.lifted_to(max_pixels), _open(data, max_pixels) as picture:
         _refuse_frames(picture)
         layout = _layout(picture)  # first of all: to load the pixels is to forget it
         _refuse_depth(picture, data)
@@ -194,20 +193,33 @@ def to_bytes(image: Image, suffix: str = ".png") -> bytes:
     return stream.getvalue()
 
 
-@contextmanager
-def _unlimited(max_pixels: int) -> Iterator[None]:
-    """Without Pillow's own limit where that is lower than the caller's."""
-    from PIL import Image as pil
+class _PillowsLimit:
+    """Pillow's own limit, one for all threads, out of the way while a caller's cap is higher."""
 
-    if pil.MAX_IMAGE_PIXELS is None or max_pixels <= 2 * pil.MAX_IMAGE_PIXELS:  # beyond, it raises
-        yield
-        return
-    with _LIMIT:
-        limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.own: int | None = None
+
+    @contextmanager
+    def lifted_to(self, max_pixels: int) -> Iterator[None]:
+        from PIL import Image as pil
+
+        with self.lock:
+            own = self.own if self.users else pil.MAX_IMAGE_PIXELS
+            lifts = own is not None and max_pixels > 2 * own  # beyond twice as many it raises
+            if lifts:
+                self.own, self.users, pil.MAX_IMAGE_PIXELS = own, self.users + 1, None
         try:
             yield
         finally:
-            pil.MAX_IMAGE_PIXELS = limit
+            if lifts:
+                with self.lock:
+                    self.users -= 1
+                    if not self.users:
+                        pil.MAX_IMAGE_PIXELS = self.own
+
+
+_LIMIT = _PillowsLimit()
 
 
 @contextmanager
