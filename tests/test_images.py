@@ -272,6 +272,8 @@ def test_what_the_cap_allows_is_read_whatever_pillow_thinks_of_it(monkeypatch: p
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 8)
     for kind in ("PNG", "TIFF"):
         np.testing.assert_array_equal(images.read(saved(pil.fromarray(RGB), kind)).pixels, RGB)
+        with pytest.raises(PictureError, match="has more pixels than the cap of 16"):
+            images.read(saved(pil.fromarray(RGB), kind), max_pixels=16)
     assert pil.MAX_IMAGE_PIXELS == 8
 
 

@@ -244,6 +244,8 @@ def _open(data: bytes, max_pixels: int) -> ImageFile:
         picture = pil.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise PictureError("is not a picture of a known format") from error
+    except pil.DecompressionBombError as error:  # of Pillow's limit, which was left where it is beyond ours
+        raise PictureError(f"has more pixels than the cap of {max_pixels}", "raise it with --max-pixels") from error
     width, height = picture.size
     if width * height > max_pixels:
         size = f"{width} x {height} pixels"
