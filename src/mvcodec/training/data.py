@@ -31,7 +31,7 @@ from mvcodec.parahydra import PAD_MULTIPLE
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 COARSE = 8  # global shifts are found at 1/8
-READING = 2  # counts changes of what `read_rgb` makes of a file: shifts found before are found anew
+READING = 3  # counts changes of what `read_rgb` makes of a file: shifts found before are found anew
 
 
 @dataclass(frozen=True)
