@@ -124,7 +124,7 @@ def encode_latents(
 ) -> EncodedLatents:
     """y [1, M, h, w] in quantiser steps, z [1, N, h/4, w/4] -> sections.
 
-    shown [1, 1, h, w]: 1 where a latent holds any of the picture (default: all do); the others keep the decoder's
+    shown [1, 1, h, w]: 1 where a latent makes any of the picture (default: all do); the others keep the decoder's
     expectation of them, whose symbols are zero.
     """
     if not (y.isfinite().all() and z.isfinite().all()):
