@@ -18,7 +18,7 @@ from mvcodec.container import MAX_EXIF, MAX_ICC, MAX_PIXELS, MAX_SIDE, Damage, H
 from mvcodec.cores import beside
 from mvcodec.entropy.tables import SIGMAS
 from mvcodec.errors import ModelError, MvcodecError, PictureError, UsageError
-from mvcodec.graphs import PLAIN, Graphs
+from mvcodec.graphs import Graphs
 from mvcodec.images import Image
 from mvcodec.latents import LATENT_STRIDE, Latents, Walk, decode_intact, encode_latents, of_one_size, same_size
 from mvcodec.nn.aligned_refinement import AlignedRefinement
@@ -135,7 +135,7 @@ def encode_view(
         net.config.transform, x[0, 0].numel(), 1, max_memory, searched=effort > 0, bfloat16=model.bfloat16
     )
     y = _analysed(model, x, basis, most)
-    z = (model.graphs if x[0, 0].numel() <= most else PLAIN)(net.h_a, y)  # [1, N, H/64, W/64]
+    z = model.graphs.up_to(most, x[0, 0].numel())(net.h_a, y)  # [1, N, H/64, W/64]
     if effort and min(image.height, image.width) >= LATENT_STRIDE:  # else hardly anything that is coded is shown
 
         def picture(rows: slice, columns: slice) -> Tensor:
@@ -150,7 +150,7 @@ def encode_view(
 def _analysed(model: Model, x: Tensor, basis: Tensor, most: int) -> Tensor:
     """y [1, M, H/16, W/16] in quantiser steps of a picture [1, 3, H, W], samples or floats in [0, 1], tile by tile."""
     net = model.net
-    call = model.graphs if x[0, 0].numel() <= most else PLAIN  # tiles measure what they see of the network itself
+    call = model.graphs.up_to(most, x[0, 0].numel())  # tiles measure what they see of the network itself
 
     def analyse(part: Tensor, views: slice) -> Tensor:
         part = part if part.is_floating_point() else to_unit(to_device(part, model.device))
@@ -373,7 +373,7 @@ def reconstruct(
                     most=most,
                     settle=draw_back,
                     finish=draw_back_again,
-                    call=model.graphs if pixels <= most else PLAIN,
+                    call=model.graphs.up_to(most, pixels),
                 )
             pictures, shares = refined.pictures, refined[1:]
         for k, picture in zip(group, pictures, strict=True):
@@ -396,7 +396,7 @@ def _synthesise(
     """
     net = model.net
     pixels = LATENT_STRIDE**2 * y.shape[2] * y.shape[3]
-    call = model.graphs if pixels <= most else PLAIN  # as in `_analysed`
+    call = model.graphs.up_to(most, pixels)  # as in `_analysed`
 
     def in_tiles(stage: nn.Module, x: Tensor, quality: Tensor) -> Tensor:
         area = x.shape[2] * x.shape[3]

@@ -116,7 +116,12 @@ def _valid_id(name: str) -> str:
     kept = re.sub(r"[\x00-\x1f\x7f-\x9f/\\\ud800-\udfff]", "_", name)
     if kept == name and len(raw) <= MAX_CAMERA_ID and name not in (".", ".."):
         return name
-    short = kept.encode()[: MAX_CAMERA_ID - 9].decode(errors="ignore")  # no half of a character
+    return shortened(kept.encode(), raw, MAX_CAMERA_ID)
+
+
+def shortened(kept: bytes, raw: bytes, longest: int) -> str:
+    """The beginning of what is kept of a name, and a hash of all of it: at most so many bytes."""
+    short = kept[: longest - 9].decode(errors="ignore")  # no half of a character
     return f"{short}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 

@@ -204,6 +204,10 @@ class Graphs:
             self.refused[_name(function)] = f"{type(error).__name__}: {sentence}"
         return self._chains.get(key)
 
+    def up_to(self, most: int, pixels: int) -> Graphs:
+        """Itself, or for more pixels than that none: what is large keeps a GPU busy, and would hold much memory."""
+        return self if pixels <= most else PLAIN
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """For a block that must see every module run, or compares."""

@@ -27,7 +27,6 @@ from mvcodec.cores import cores_that_pay
 from mvcodec.entropy.tables import MAX_SYMBOL, SIGMAS
 from mvcodec.errors import BitstreamError, DesyncError, ModelError, MvcodecError
 from mvcodec.exact.precision import strict
-from mvcodec.graphs import PLAIN
 from mvcodec.nn.dead_zone import rounded, threshold
 from mvcodec.nn.gain import exact_log_gain
 from mvcodec.nn.hyperprior import band_of, bits, symbol_bits
@@ -72,7 +71,7 @@ def walk(model: Model, z_hat: Tensor, t: float | Sequence[float], code: CodeStep
     """z_hat [B, N, h, w] integers, qualities t -> y_hat [B, M, 4 h, 4 w] float64, exact multiples of 1/64."""
     net = model.net
     pixels = len(z_hat) * z_hat[0, 0].numel() * HYPER_STRIDE**2
-    call = model.graphs if pixels <= USUAL else PLAIN  # what is large keeps a GPU busy, and would hold much memory
+    call = model.graphs.up_to(USUAL, pixels)
     qualities = [t] * len(z_hat) if isinstance(t, int | float) else t
     alone = nullcontext() if z_hat.is_cuda else cores_that_pay()
     with torch.autocast(z_hat.device.type, enabled=False), strict, alone:

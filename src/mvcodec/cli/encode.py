@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from mvcodec import container
 from mvcodec.cli.ahead import ahead
 from mvcodec.cli.report import Report, reporting, running, size_in_bytes, within_memory
 from mvcodec.cli.targets import STDIN, Targets, label, placing, read, sources
@@ -154,7 +155,7 @@ def encode(
             "bpp": round(8 * len(data) / pixels, 6),
             "width": image.width,
             "height": image.height,
-            "quality": round(100 * used) / 100,  # as the file has it
+            "quality": container.unpack_header(data).quality,  # rounded, as the encoder used it
             **view._asdict(),
             "model_id": weights.id.hex(),
             "seconds": round(seconds, 3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from mvcodec import images
 from mvcodec.errors import UsageError
 from mvcodec.files import atomic
-from mvcodec.frames import Source, safe_path
+from mvcodec.frames import Source, safe_path, shortened
 
 LONGEST = 255  # bytes that a name may have
 FULL = 0.5  # share from which green is pure: a view and one peer that count alike
@@ -31,9 +30,7 @@ def _named(view: str, peer: str) -> str:
     """VIEW.from_PEER.png, of a long name the beginning and a hash."""
     ending = f".from_{peer}.png"
     raw, room = os.fsencode(view), LONGEST - len(os.fsencode(ending))
-    if len(raw) > room:
-        view = f"{raw[: room - 9].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"
-    return f"{view}{ending}"
+    return f"{view if len(raw) <= room else shortened(raw, raw, room)}{ending}"
 
 
 class Maps:

@@ -125,9 +125,11 @@ class Targets:
             seen[place] = source
             if place == absolute(source.path):
                 raise UsageError(f"{path}: is both input and output")
-            if is_there(path) and not path.is_file():
+            if not _is_there(path):
+                continue
+            if not path.is_file():
                 raise UsageError(f"{path}: is there, and no file that could be overwritten; -o - writes to stdout")
-            if is_there(path) and not (self.force or self.skip_existing):
+            if not (self.force or self.skip_existing):
                 raise UsageError(f"{path}: exists; overwrite with -f or leave it with --skip-existing")
         return paths
 
@@ -141,7 +143,7 @@ class Targets:
         return default if self.output is None or self.is_folder else self.output.suffix or default
 
     def skips(self, path: Path) -> bool:
-        return self.skip_existing and path != STDIN and is_there(path)
+        return self.skip_existing and path != STDIN and _is_there(path)
 
     def write(self, path: Path, data: bytes) -> None:
         if path == STDIN:
@@ -153,7 +155,7 @@ class Targets:
                 file.write(data)
 
 
-def is_there(path: Path) -> bool:
+def _is_there(path: Path) -> bool:
     """Whether anything is; of a name that is too long, whoever writes it is told."""
     try:
         return path.exists()

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
@@ -117,7 +118,7 @@ def each_made_once(
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run wrote; ModelError if it is something else."""
+    """What a run wrote, with the defaults of settings that it is older than; ModelError if it is something else."""
     try:
         # torch.save writes a zip file; of anything else torch.load makes errors of many kinds.
         state = torch.load(checkpoint, map_location="cpu", weights_only=True) if is_zipfile(checkpoint) else None
@@ -127,6 +128,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         raise ModelError(f"{checkpoint} is not a checkpoint of mvcodec train")
     try:
         ModelConfig.from_dict(state["model_config"])
+        defaults = {setting.name: setting.default for setting in fields(TrainConfig) if setting.default is not MISSING}
+        state["train_config"] = defaults | state["train_config"]
     except (TypeError, ValueError) as error:
         raise ModelError(f"{checkpoint} has no valid configuration: {error}") from error
     return state
@@ -139,7 +142,7 @@ def to_resume(config: TrainConfig) -> dict[str, Any] | None:
         return None
     state = read_checkpoint(checkpoint)
     for name in ("stage", "optimizer", "profile"):
-        now, then = getattr(config, name), state["train_config"].get(name, getattr(TrainConfig, name))
+        now, then = getattr(config, name), state["train_config"][name]
         if now != then:
             raise UsageError(f"{checkpoint}: was trained with --{name} {then}, not {now}; resume with that")
     return state
@@ -161,8 +164,8 @@ def starting_weights(path: Path) -> Start:
         config, bits = model.net.config, {"entropy": read_entropy_path(path, model.net.config)}
         return Start(config, model.net.state_dict(), bits, model.about.get("distortion", TrainConfig.distortion))
     state = read_checkpoint(path)
-    distortion = state["train_config"].get("distortion", TrainConfig.distortion)
-    return Start(ModelConfig.from_dict(state["model_config"]), state["ema"], bits_of(state), distortion)
+    config, distortion = ModelConfig.from_dict(state["model_config"]), state["train_config"]["distortion"]
+    return Start(config, state["ema"], bits_of(state), distortion)
 
 
 def start_of(config: TrainConfig) -> Start:

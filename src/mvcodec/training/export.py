@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from mvcodec.files import atomic
 from mvcodec.parahydra import ModelConfig, ParaHydra
 from mvcodec.training.checkpoint import load_weights, read_checkpoint
-from mvcodec.training.config import TrainConfig
 from mvcodec.training.curves import columns
 from mvcodec.training.data import calibration_pictures
 from mvcodec.training.rounding import settle
@@ -33,8 +32,7 @@ def export_checkpoint(
         settle(net, state["calibration"], state["ema"])
     else:
         load_weights(net, state["ema"], checkpoint)
-    settings = {name: getattr(TrainConfig, name) for name in ABOUT} | state["train_config"]  # an older run lacks some
-    about = {"steps": str(state["step"]), **{name: str(settings[name]) for name in ABOUT}}
+    about = {"steps": str(state["step"]), **{name: str(state["train_config"][name]) for name in ABOUT}}
     kept = state.get("entropy") if bits_of is None else read_entropy_path(bits_of, net.config)
     if calibration is None or kept is not None:
         return export_model(net, target, about, entropy=kept)
